@@ -1,0 +1,123 @@
+"""What a family gives to the loop, and what the loop gives back: the contracts between the rooms.
+
+Imports no JAX: a family's description is read by the command line before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from stabletrain.training.config import TrainConfig
+
+State = Any  # one pytree of arrays: params, statistics, optimiser, EMA, monitor; anything that evolves
+Batch = Any  # one pytree of arrays whose leading axis (or `position` scalar) the mesh knows how to lay out
+Metrics = Mapping[str, Any]  # metric name -> scalar array (or a short vector named in MONITOR_VECTORS)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found. `scalars` go into metrics.jsonl; `files` are written below the run directory.
+
+    `scalars`: names start with `eval/` and carry the protocol. `files`: relative path -> bytes (PNG, JSON, SVG...).
+    """
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class EvaluationContext(Protocol):
+    """Handed to `evaluate`: keeps the run alive, and able to stop, during long work."""
+
+    scratch: Path
+    """A folder that survives an interruption: finished parts put here are not computed again. Removed afterwards."""
+
+    def tick(self, label: str, done: int, total: int) -> None:
+        """Shows progress and writes the heartbeat. Raises `Interrupted` when the run was asked to stop."""
+
+
+class Experiment(Protocol):
+    """One per family; all that the loop needs to know."""
+
+    config: TrainConfig
+    traceable: bool
+    """True: `step` is a pure function which the loop compiles over the device mesh, donating the state.
+    False: `step` is plain Python that calls its own compiled functions (a simulation followed by learning)."""
+    mesh: Any
+    """The `jax.sharding.Mesh` that the experiment was built for (one axis, "data")."""
+    inner_steps: int
+    """Steps per dispatch that pay for this network on this device, when the user does not say."""
+    parameter_count: int
+    examples_per_step: int
+
+    def init(self, key: Any) -> State:
+        """The state before the first step: a pure function of the key, without sharing a buffer between leaves."""
+
+    def batch(self, position: int) -> Batch:
+        """Host or device arrays for one step: a pure function of (seed, position), so that resuming needs no iterator.
+        The batch holds what the step needs to fold into its key: `position` itself as a uint32 scalar."""
+
+    def step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """One update. Randomness is `fold_in(key, batch["position"])`."""
+
+    def probe(self, state: State) -> Metrics:
+        """Indicators on a fixed probe batch, computed at each logged step (feature norms). May be empty."""
+
+    def evaluate(self, state: State, step: int, context: EvaluationContext) -> Evaluation:
+        """Scalars and artefacts. Must call `context.tick` often: at least once a second of work."""
+
+
+@dataclass(frozen=True)
+class Shorthand:
+    """A flag that stands for values of options: `--scalelong` is `--skip-scaling cs`. Explicit options win over it."""
+
+    help: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A test bed as the command line sees it. Functions import JAX when they are called, not before."""
+
+    name: str
+    help: str
+    config: type[TrainConfig]
+    build: Callable[..., Experiment]
+    """`build(config, *, mesh, data_spec=None)` -> Experiment. With `data_spec` (the "data" entry of record.json) no
+    data set is loaded: for sampling and export. Without it the data set is loaded and checked."""
+    resolve: Callable[[Any], Any]
+    """`resolve(config)` -> config with every automatic value filled in. No JAX, no data."""
+    shorthands: Mapping[str, Shorthand] = field(default_factory=dict)
+    sample: Callable[..., Mapping[str, bytes]] | None = None
+    """`sample(experiment, state, options, context)` -> files by relative path. See `cli/sample.py` for the options."""
+    subcommands: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+class Reporter(Protocol):
+    """How the loop tells somebody what happens; the command line draws bars or prints lines."""
+
+    def started(self, *, run_dir: Path, first_step: int, total_steps: int, notes: list[str]) -> None: ...
+
+    def logged(self, *, step: int, row: Mapping[str, Any]) -> None: ...
+
+    def progressed(self, *, step: int) -> None: ...
+
+    def event(self, event: Mapping[str, Any]) -> None: ...
+
+    def working(self, label: str, done: int, total: int) -> None: ...
+
+    def finished(self, outcome: Outcome) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `status` is one of done, failed, preempted, diverged."""
+
+    run_dir: Path
+    status: str
+    step: int
+    metrics: Mapping[str, Any]
+    exit_code: int
+    reason: str = ""
