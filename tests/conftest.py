@@ -1,0 +1,35 @@
+"""Settings that every test shares: four virtual CPU devices, a persistent compile cache, no reach into the user's home."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("STABLETRAIN_HOME", str(CACHE / "stabletrain"))
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Real data and GPUs are used where they are; elsewhere those tests are skipped, and say so."""
+    skip_data = pytest.mark.skip(reason="STABLETRAIN_TEST_DATA names no folder of real data")
+    skip_gpu = pytest.mark.skip(reason="no NVIDIA GPU (JAX_PLATFORMS=cpu)")
+    data = os.environ.get("STABLETRAIN_TEST_DATA")
+    for item in items:
+        if item.get_closest_marker("realdata") and not (data and Path(data).is_dir()):
+            item.add_marker(skip_data)
+        if item.get_closest_marker("gpu") and os.environ["JAX_PLATFORMS"] == "cpu":
+            item.add_marker(skip_gpu)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets (marker `realdata`)."""
+    return Path(os.environ["STABLETRAIN_TEST_DATA"])
