@@ -1,0 +1,56 @@
+# Everything runs from here: `make help` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SCALE ?= small
+SEEDS ?= 5
+WORKERS ?= 2
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-zA-Z_%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## /\1\t/' | expand -t 34
+
+# The stamps make a second call of any target immediate; a changed pyproject or constraints file installs again.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "stabletrain needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-lint: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
+
+.PHONY: install
+install: $(VENV)/.installed ## Create the virtual environment and install the program
+
+.PHONY: demo
+demo: $(VENV)/.installed ## Install, then train a diffusion model on handwritten digits (about two minutes)
+	$(BIN)/stabletrain diffusion --scalelong
+
+.PHONY: test
+test: $(VENV)/.installed-test ## Install, then run the test suite
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15
+
+.PHONY: test-gpu
+test-gpu: $(VENV)/.installed-test ## Run the tests that need an NVIDIA GPU
+	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu
+
+.PHONY: lint
+lint: $(VENV)/.installed-lint ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: clean
+clean: ## Remove the virtual environment and caches (never runs or results)
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist
