@@ -37,7 +37,12 @@ def option(
     of the same experiment (number of devices, how often to save): it is not hashed and may change on resume.
     """
     metadata = dict(
-        help=help, panel=panel, choices=tuple(choices) if choices else None, minimum=minimum, maximum=maximum, identity=identity
+        help=help,
+        panel=panel,
+        choices=tuple(choices) if choices else None,
+        minimum=minimum,
+        maximum=maximum,
+        identity=identity,
     )
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -67,15 +72,22 @@ class TrainConfig:
         choices=("log", "skip", "clip", "rollback", "stop"),
     )  # fmt: skip
     spike_threshold: float = option(
-        8.0, "Loss spike: this many robust standard deviations above the running median.", panel="Stability", minimum=1.0
+        8.0,
+        "Loss spike: this many robust standard deviations above the running median.",
+        panel="Stability",
+        minimum=1.0,
     )
-    spike_window: int = option(128, "Accepted steps that the running median is taken over.", panel="Stability", minimum=8)
+    spike_window: int = option(
+        128, "Accepted steps that the running median is taken over.", panel="Stability", minimum=8
+    )
     max_interventions: int = option(
         20, "Skips, clips and rollbacks allowed before the run stops as diverged.", panel="Stability", minimum=0
     )
 
     log_every: int = option(50, "Steps between rows of metrics.jsonl.", panel="Run directory", minimum=1)
-    eval_every: int = option(0, "Steps between evaluations; 0 evaluates at the end only.", panel="Run directory", minimum=0)
+    eval_every: int = option(
+        0, "Steps between evaluations; 0 evaluates at the end only.", panel="Run directory", minimum=0
+    )
     checkpoint_every: int = option(
         500, "Steps between checkpoints; one is also written at the end and when interrupted.",
         panel="Run directory", minimum=1, identity=False,
@@ -84,7 +96,10 @@ class TrainConfig:
         2, "Newest checkpoints to keep, besides the best.", panel="Run directory", minimum=1, identity=False
     )
     best_metric: str | None = option(
-        None, "Also keep the checkpoint that is best by this metric, e.g. eval/loss.", panel="Run directory", identity=False
+        None,
+        "Also keep the checkpoint that is best by this metric, e.g. eval/loss.",
+        panel="Run directory",
+        identity=False,
     )
     best_mode: str = option(
         "min", "Whether the best metric is the smallest or the largest.", panel="Run directory", choices=("min", "max"),
@@ -220,4 +235,3 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tupl
 def replace(config: Config, **changes: Any) -> Config:
     """A checked copy with some fields changed."""
     return make_config(type(config), {**to_dict(config), **changes})
-
