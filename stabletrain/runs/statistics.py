@@ -107,7 +107,7 @@ def paired_difference(method: ArrayLike, baseline: ArrayLike, *, seed: int = 0) 
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal lengths, not {first.size} and {second.size}")
     both = np.isfinite(first) & np.isfinite(second)
-    differences = (first - second)[both]
+    differences = first[both] - second[both]
     moved = differences[differences != 0.0]
     wins, losses = int((moved < 0).sum()), int((moved > 0).sum())
     sign_p = float(stats.binomtest(wins, wins + losses).pvalue) if moved.size else float("nan")

@@ -1,0 +1,186 @@
+"""Tables from hand-made runs: what is best, what is missing, what the paper says, in every format."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from stabletrain.errors import ConfigError
+from stabletrain.runs.experiments import TableSpec, find_tables, read_table
+from stabletrain.runs.reading import RunData, read_run
+from stabletrain.runs.table import Table, build_table, to_csv, to_json, to_latex, to_markdown
+from tests.runs.written import write_run
+
+TABLE = """
+title = "A test"
+source = "Somebody 2020, Table 1"
+deviations = ["everything is small"]
+[caption]
+small = "Digits."
+[[columns.small]]
+metric = "eval/score"
+label = "score"
+mode = "min"
+paper = "score"
+[[columns.small]]
+metric = "eval/score"
+label = "steps to 0.4"
+reduce = "steps-to:0.4"
+[[columns.paper]]
+metric = "eval/fid50k"
+label = "FID"
+"""
+ROW = """
+family = "diffusion"
+skip_scaling = "{key}"
+[row]
+label = "{label}"
+order = {order}
+{more}
+[small]
+steps = 30
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "experiments" / "paper" / "main"
+    folder.mkdir(parents=True)
+    (folder / "table.toml").write_text(TABLE)
+    values = '[row.values.score]\nvalue = 0.5\nread = "the README"\n'
+    (folder / "none.toml").write_text(ROW.format(key="none", label="none & co", order=1, more=values))
+    for order, key in enumerate(("cs", "ls"), start=2):
+        (folder / f"{key}.toml").write_text(ROW.format(key=key, label=key, order=order, more='baseline = "none"'))
+    return tmp_path / "experiments"
+
+
+def runs(tmp_path: Path, finals: dict[str, list[float | None]]) -> dict[str, list[RunData]]:
+    """Runs per row with the given final scores; None: diverged."""
+    return {
+        key: [
+            read_run(
+                write_run(
+                    tmp_path / "runs" / f"{key}-s{seed}",
+                    seed=seed,
+                    state="diverged" if final is None else "done",
+                    curves={"eval/score": [0.9, 0.6, final]},
+                )
+            )
+            for seed, final in enumerate(values)
+        ]
+        for key, values in finals.items()
+    }
+
+
+@pytest.fixture
+def table(root: Path, tmp_path: Path) -> Table:
+    spec = read_table(root, "paper/main")
+    finals = {"none": [0.5, 0.6, 0.7], "cs": [0.3, 0.4, 0.5], "ls": [0.2, None, 0.5]}
+    return build_table(spec, "small", runs(tmp_path, finals), range(3))
+
+
+def cell(table: Table, key: str, label: str = "score"):
+    return table.cells[key, label]
+
+
+def test_differences_are_paired_by_seed(table: Table) -> None:
+    paired = cell(table, "cs").paired
+    assert paired.mean == pytest.approx(-0.2)
+    assert paired.interval == pytest.approx((-0.2, -0.2))
+    assert cell(table, "none").paired is None
+
+
+def test_a_diverged_run_is_counted_beside_the_mean_of_the_survivors(table: Table) -> None:
+    ls = cell(table, "ls")
+    assert (ls.summary.count, ls.diverged) == (2, 1)
+    assert ls.summary.mean == pytest.approx(0.35)
+    assert ls.paired.pairs == 2
+    markdown = to_markdown(table)
+    assert "† 1/3 diverged" in markdown
+    assert "survivors" in markdown
+
+
+def test_best_is_bold_and_second_underlined(table: Table) -> None:
+    assert {key: cell(table, key).rank for key in ("none", "cs", "ls")} == {"none": None, "cs": 2, "ls": 1}
+    markdown = to_markdown(table)
+    assert "<u>0.40 ± 0.10 (3)</u>" in markdown
+    assert "**0.35 ± 0.21 (2)**†" in markdown
+
+
+def test_runs_that_never_reach_a_score_are_said_and_not_averaged(table: Table) -> None:
+    cs = cell(table, "cs", "steps to 0.4")
+    assert (cs.summary.mean, cs.never) == (30.0, 1)
+    assert "1/3 never" in to_markdown(table)
+
+
+def test_the_papers_number_stands_beside_ours_with_the_difference(table: Table) -> None:
+    assert "0.5 (+0.10)" in to_markdown(table)
+    assert "read in: the README" in to_markdown(table)
+
+
+def test_missing_runs_make_a_table_incomplete(root: Path, tmp_path: Path) -> None:
+    spec = read_table(root, "paper/main")
+    table = build_table(spec, "small", runs(tmp_path, {"none": [0.5]}), range(2))
+    assert not table.complete
+    assert "Incomplete" in to_markdown(table)
+    assert "–" in to_markdown(table)
+
+
+def test_latex_escapes_and_balances(table: Table) -> None:
+    latex = to_latex(table)
+    assert r"none \& co" in latex
+    assert r"\textbf{" in latex
+    assert latex.count("{") == latex.count("}")
+    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len({line.replace(r"\&", "").count("&") for line in body}) == 1
+
+
+def test_csv_and_json_hold_the_same_numbers(table: Table) -> None:
+    records = list(csv.DictReader(io.StringIO(to_csv(table))))
+    cells = json.loads(to_json(table))["cells"]
+    assert len(records) == len(cells) == 6
+    assert [float(r["mean"]) if r["mean"] else None for r in records] == [c["mean"] for c in cells]
+
+
+def test_paper_scale_without_rows_is_an_empty_table(root: Path) -> None:
+    table = build_table(read_table(root, "paper/main"), "paper", {}, range(5))
+    assert table.rows == ()
+
+
+def test_find_tables(root: Path) -> None:
+    assert find_tables(root) == ["paper/main"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("table.toml", 'title = "A test"', 'titel = "A test"', "titel.*title"),
+        ("table.toml", "steps-to:0.4", "steps-two:0.4", "unknown reduction"),
+        ("cs.toml", 'baseline = "none"', 'baseline = "nonne"', "nonne.*none"),
+        ("cs.toml", "[row]", "[rows]", "needs `family` and a table"),
+        ("cs.toml", "order = 2", "older = 2", "older.*order"),
+    ],
+)
+def test_mistakes_in_the_files_name_the_nearest(root: Path, file: str, old: str, new: str, message: str) -> None:
+    path = root / "paper" / "main" / file
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        read_table(root, "paper/main")
+
+
+def test_unknown_table_names_the_nearest(root: Path) -> None:
+    with pytest.raises(ConfigError, match="paper/main"):
+        read_table(root, "paper/mian")
+
+
+def test_a_row_becomes_a_command(root: Path) -> None:
+    spec: TableSpec = read_table(root, "paper/main")
+    arguments = spec.rows[1].arguments("small", 3)
+    assert arguments[:2] == ("diffusion", "--config")
+    assert arguments[-4:] == ("--scale", "small", "--seed", "3")
+    assert not math.isnan(spec.rows[0].values["score"].value)
