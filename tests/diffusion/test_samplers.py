@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +116,7 @@ def test_trajectory_equals_one_written_in_numpy(process, name):
 
     times = process.sampling_times(steps)
     x = draws[0]
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
         (a_t, s_t), (a_s, s_s) = process.marginal(np.array(t)), process.marginal(np.array(s))
         eps = s_t * (x - a_t * MEAN) / (a_t**2 * SPREAD**2 + s_t**2)
         x0 = (x - s_t * eps) / a_t
@@ -171,7 +173,7 @@ def test_an_image_does_not_depend_on_its_batch(name):
 
 
 def test_clipping_bounds_the_estimates():
-    """With a network that says "no noise", the clean estimate is noisy / alpha: clipped, the result stays in [-1, 1]."""
+    """A network that says "no noise" makes the clean estimate noisy / alpha: only clipping keeps the result in [-1, 1]."""
     process, plan = VPSDE(), ddim(VPSDE(), 5)
     keys = jax.random.split(jax.random.key(3), 8)
 
