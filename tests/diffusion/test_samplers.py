@@ -173,7 +173,7 @@ def test_an_image_does_not_depend_on_its_batch(name):
 
 
 def test_clipping_bounds_the_estimates():
-    """A network that says "no noise" makes the clean estimate noisy / alpha: only clipping keeps the result in [-1, 1]."""
+    """A network that says "no noise" makes the clean estimate noisy / alpha: only clipping bounds the result."""
     process, plan = VPSDE(), ddim(VPSDE(), 5)
     keys = jax.random.split(jax.random.key(3), 8)
 

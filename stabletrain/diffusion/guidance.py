@@ -1,0 +1,42 @@
+"""Classifier-free guidance: one network, with and without the label.
+
+**Source** Ho and Salimans 2022. **Differs** in how strength is counted: here w is such that
+
+    out = unconditional + w (conditional - unconditional),
+
+so w = 1 is the conditional network alone, w = 0 the unconditional one, and w = 1 + (their w) above that. (U-ViT writes
+conditional + s (conditional - unconditional): s = w - 1.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from stabletrain.diffusion.processes import Array, Network
+
+LabelledNetwork = Callable[[Array, Array, Array], Array]
+"""(noisy [B, H, W, C], network times [B], labels [B]) -> [B, H, W, C]."""
+
+
+def guided(network: LabelledNetwork, labels: Array, null_label: int, scale: float) -> Network:
+    """The network that samplers follow, for images of the classes `labels` [B].
+
+    `null_label` is the label that means "none"; `scale` is w. Both answers come from one evaluation on twice the batch;
+    w = 0 and w = 1 need no second answer and cost no second half.
+    """
+    nothing = jnp.full_like(labels, null_label)
+    if scale == 1.0:
+        return lambda noisy, times: network(noisy, times, labels)
+    if scale == 0.0:
+        return lambda noisy, times: network(noisy, times, nothing)
+
+    def both(noisy: Array, times: Array) -> Array:
+        out = network(
+            jnp.concatenate([noisy, noisy]), jnp.concatenate([times, times]), jnp.concatenate([labels, nothing])
+        )
+        conditional, unconditional = jnp.split(out, 2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return both
