@@ -80,9 +80,7 @@ def _set_compile_cache() -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        log.warning(
-            "compiled programs are not kept: %s is not writable (%s)", folder, error.strerror or error
-        )
+        log.warning("compiled programs are not kept: %s is not writable (%s)", folder, error.strerror or error)
         jax.config.update("jax_compilation_cache_dir", None)
         return
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -99,9 +97,7 @@ def make_mesh(devices: int, batch_size: int) -> Mesh:
     available = jax.devices()
     if not devices:
         on_cpu = available[0].platform == "cpu"
-        devices = (
-            _automatic_devices(batch_size, min(len(available), cpu_cores())) if on_cpu else len(available)
-        )
+        devices = _automatic_devices(batch_size, min(len(available), cpu_cores())) if on_cpu else len(available)
     if devices > len(available):
         kind = available[0].platform.upper()
         raise ConfigError(f"{devices} devices were asked for, but there are {len(available)} ({kind})")
@@ -195,29 +191,32 @@ def compile_step(experiment: Experiment, mesh: Mesh, inner_steps: int = 1) -> Ru
     XLA:CPU runs convolutions inside a loop several times slower.
 
     `experiment.batch_axis` (default 0) is the batch's axis in its arrays: 1 where inner critic steps come first.
+    `experiment.resident` (default none): name -> arrays that lie whole on every device, such as a small data set. The
+    step finds them in its batch under their names; they are arguments of the program, not constants inside it.
     """
     axis = getattr(experiment, "batch_axis", 0)
+    resident = getattr(experiment, "resident", {})
     whole = replicated(mesh)
     layout: dict[str, tuple[int, ...]] = {}
 
-    def packed_step(state: State, batch: Batch) -> tuple[State, jax.Array]:
-        state, metrics = experiment.step(state, batch)
+    def packed_step(state: State, batch: Batch, resident: dict[str, Any]) -> tuple[State, jax.Array]:
+        state, metrics = experiment.step(state, {**batch, **resident} if resident else batch)
         layout.clear()
         layout.update({name: np.shape(value) for name, value in metrics.items()})
         return state, jnp.concatenate([jnp.ravel(value).astype(jnp.float32) for value in metrics.values()])
 
-    def single(state: State, batch: Batch) -> tuple[State, jax.Array]:
-        state, packed = packed_step(state, batch)
+    def single(state: State, batch: Batch, resident: dict[str, Any]) -> tuple[State, jax.Array]:
+        state, packed = packed_step(state, batch, resident)
         return state, packed[None]
 
-    def several(state: State, batches: Batch, count: jax.Array) -> tuple[State, jax.Array]:
+    def several(state: State, batches: Batch, count: jax.Array, resident: dict[str, Any]) -> tuple[State, jax.Array]:
         first = jax.tree.map(lambda leaf: leaf[0], batches)
-        width = jax.eval_shape(packed_step, state, first)[1].shape[0]
+        width = jax.eval_shape(packed_step, state, first, resident)[1].shape[0]
 
         def body(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
             state, rows = carry
             batch = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), batches)
-            state, packed = packed_step(state, batch)
+            state, packed = packed_step(state, batch, resident)
             return state, rows.at[i].set(packed)
 
         return lax.fori_loop(0, count, body, (state, jnp.zeros((inner_steps, width), jnp.float32)))
@@ -230,7 +229,7 @@ def compile_step(experiment: Experiment, mesh: Mesh, inner_steps: int = 1) -> Ru
         if not 1 <= len(batches) <= inner_steps:
             raise ValueError(f"{len(batches)} batches for a program of 1 to {inner_steps} steps")
         if inner_steps == 1:
-            state, packed = program(state, shard_batch(batches[0], mesh, axis))
+            state, packed = program(state, shard_batch(batches[0], mesh, axis), resident)
         else:
             padded = [*batches, *[batches[-1]] * (inner_steps - len(batches))]
             stacked = jax.tree.map(_stack, *padded)
@@ -238,7 +237,7 @@ def compile_step(experiment: Experiment, mesh: Mesh, inner_steps: int = 1) -> Ru
                 lambda leaf: NamedSharding(mesh, PartitionSpec(None, *leaf.spec)),
                 batch_shardings(batches[0], mesh, axis),
             )
-            state, packed = program(state, jax.device_put(stacked, layouts), np.int32(len(batches)))
+            state, packed = program(state, jax.device_put(stacked, layouts), np.int32(len(batches)), resident)
         metrics = StepMetrics(packed, layout, len(batches))
         return state, metrics.block_until_ready() if must_block else metrics
 
