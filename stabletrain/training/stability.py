@@ -1,30 +1,33 @@
-"""The stability monitor: what one optimiser step looked like, whether it was a spike or not finite, and what was done.
+"""The stability monitor: how one optimiser step went, whether it was a spike or not finite, and what was done.
 
-`guarded_update` stands where `optimizer.update` and `optax.apply_updates` would. It runs inside `jit`, once per network,
-and everything that it must remember is a `MonitorState` in the experiment's state, so a resumed run decides as an
-uninterrupted one would.
+`guarded_update` stands where `optimizer.update` and `optax.apply_updates` would. It runs inside `jit`, once per
+network, and all that it must remember is a `MonitorState` in the experiment's state, so that a resumed run
+decides as an uninterrupted one would.
 
-**What triggers.** A *spike* is a loss, or a global gradient norm, far above the running level of the same quantity; either
-one alone is enough (a spike of the gradient usually comes a step before that of the loss). *Non-finite* is a loss, a
-gradient, an update or a parameter that holds a NaN or an infinity.
+**What triggers.** A *spike* is a loss, or a global gradient norm, far above the running level of the same quantity.
+Either alone is enough: the gradient often jumps a step before the loss does. *Non-finite* is a loss, a gradient, an
+update or a parameter with a NaN or an infinity in it.
 
 **How a spike is told.** Of each quantity a window of the last accepted values is kept: the loss as it is (it may be
-negative), the gradient norm as its logarithm (its noise is multiplicative). A robust line through the window (median slope,
-median offset) gives the level, 1.4826 times the median absolute deviation from the line gives the scale; a value more than
-`threshold` scales above the level is a spike. A spike never enters the window, so it widens no threshold. When half of the
-last `patience` steps were spikes, the level has moved for good: the window is filled anew from those steps, and the event
-`rebaselined` says so.
+negative), the gradient norm as its logarithm (its noise is multiplicative). A robust line through the window gives
+the level, 1.4826 times the median absolute deviation from that line the scale; more than `threshold` scales above
+the level is a spike. A spike never enters the window, so it cannot widen its own threshold. When half of the last
+`patience` steps were spikes, the level has moved for good: the window is filled anew from those steps, and the flag
+`rebaselined` says so. Nothing is a spike before `patience` steps were accepted.
 
-**What is done.** `log` applies the update all the same. `skip` leaves parameters and optimiser as they were. `clip` scales
-the gradient to its running median norm; a gradient that is not finite cannot be clipped, so that step is skipped and counted
-as skipped. `rollback` and `stop` are the loop's: here the update is only held back, so that the state stays good
-until the loop reads the flag. Nothing happens without a flag and a counter.
+**What is done.** `log` applies the update all the same. `skip` leaves parameters and optimiser as they were. `clip`
+scales the gradient down to its running median norm; a gradient that is not finite cannot be clipped, so that step is
+skipped, and counted as skipped. `rollback` and `stop` are the loop's: here the update is only held back, so that the
+state stays good until the loop reads the flag. Nothing happens without a flag and a counter.
+
+**What it costs.** One pass over the gradient at each step. Updates and parameters are measured at each logged step,
+at spikes, and at each `MEASURE_EVERY`-th step; in between the last values stand. On accelerators, where a pass costs
+next to nothing and a branch makes the host wait, they are measured at every step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,8 +55,8 @@ MONITOR_FLAGS = (
     "clipped",  # the gradient was scaled down by policy clip
     "held",  # the update was held back for the loop, which is to stop or to roll back
     "rebaselined",  # the level moved for good; the thresholds start again from the new one
-    "blowup",  # the loss has left for good; true at one step per excursion
-    "exhausted",  # more interventions than allowed
+    "blowup",  # the loss has left for good; true at one step of each excursion
+    "exhausted",  # more interventions than `max_interventions`
 )
 """Metrics `monitor/<prefix><flag>`: 0 or 1 at each step."""
 
@@ -78,23 +81,24 @@ MONITOR_VALUES = (
     "clip_factor",
     "steps_far",  # steps in a row that the loss has been far above its best
 )
-"""Metrics `monitor/<prefix><value>`: the numbers that the decision was taken on. Before the end of the warm-up the levels
-and thresholds are infinite."""
+"""Metrics `monitor/<prefix><value>`: what the decision was taken on. Levels and thresholds are infinite until the
+warm-up is over."""
 
 MONITOR_VECTORS = ("nonfinite_gradients", "nonfinite_params")
 """Metrics `monitor/<prefix><vector>`: one entry per leaf, in the order of `leaf_names`."""
 
-REFRESH = 8
-"""Steps between two estimates of the thresholds. They move slowly, and a sort costs as much as a small layer."""
+MEASURE_EVERY = 8
+"""Steps between two estimates of the thresholds, and between two measurements of updates and parameters on CPU."""
 
 MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution is sigma / 1.4826
-LOSS_SCALE_FLOOR = (
-    0.02  # of the level: a noiseless loss may wander by threshold x 2 % before it counts as a spike
-)
+LOSS_SCALE_FLOOR = 0.02  # of the level: at threshold 8 a loss without noise may still wander by 16 %
 LOG_NORM_SCALE_FLOOR = 0.1  # at threshold 8 a gradient norm must exceed exp(0.8) = 2.2 times its level
 LOST_SCALES = 10.0  # a loss that has left is at least this many scales above its best level, and ...
 LOST_FACTOR = 3.0  # ... either this many times the best level above it, ...
 LOST_SHARE = 0.9  # ... or back up by this share of all that had been gained since the start
+
+_CLOCKS = ("steps", "accepted", "nonfinite_steps", "steps_far")
+_LEVELS = ("loss_level", "log_norm_level", "loss_scale", "log_norm_scale", "start", "best", "best_scale", "far")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Policy:
     max_interventions: int = 20
     log_every: int = 50
     watch_blowup: bool = True
-    """Off for losses that rise by design: of adversaries, or when the task changes."""
+    """Off for losses that rise by design: those of adversaries, or when the task changes."""
 
     @classmethod
     def from_config(cls, config: TrainConfig, *, watch_blowup: bool = True) -> Policy:
@@ -125,7 +129,7 @@ class Policy:
 
     @property
     def patience(self) -> int:
-        """Steps that decide whether a level has moved; also the accepted steps before anything counts as a spike."""
+        """Steps that decide whether a level has moved; also the accepted steps of the warm-up."""
         return max(8, self.window // 4)
 
     @property
@@ -138,24 +142,30 @@ class Policy:
 class MonitorState:
     """What the monitor remembers of one network. W: window, P: patience, G: groups.
 
-    Row 0 of the windows is the loss, row 1 the logarithm of the global gradient norm. Newest values are last.
+    Few arrays, because each array costs a kernel and a buffer per step. In the windows the newest value comes last;
+    row 0 is the loss, row 1 the logarithm of the global gradient norm.
     """
 
-    steps: Array  # int32
     window: Array  # [2, W] accepted values
-    accepted: Array  # int32, how many of the window's last entries are filled
-    recent: Array  # [2, P] finite values, accepted or not
-    recent_spikes: Array  # bool [P]
-    level: Array  # [2]; +inf during the warm-up, so that nothing is above it
-    scale: Array  # [2]
-    start_level: Array  # of the loss, at the end of the warm-up; NaN before
-    best_level: Array  # lowest windowed median of the loss
-    best_scale: Array
-    nonfinite_steps: Array  # int32, in a row
-    steps_far: Array  # int32, in a row
+    recent: Array  # [3, P] the last finite values, accepted or not; row 2: whether it was a spike
+    clocks: Array  # int32 [len(_CLOCKS)]
     counts: Array  # int32 [len(MONITOR_COUNTERS)]
+    levels: Array  # [len(_LEVELS)]
+    norms: Array  # [2, G] of updates and parameters, as last measured
     leaf_names: tuple[str, ...] = struct.field(pytree_node=False)
     prefix: str = struct.field(pytree_node=False, default="")
+
+    def clock(self, name: str) -> Array:
+        """One of `steps` seen, `accepted` values in the window, `nonfinite_steps` and `steps_far` in a row."""
+        return self.clocks[_CLOCKS.index(name)]
+
+    def count(self, name: str) -> Array:
+        """One of `MONITOR_COUNTERS`."""
+        return self.counts[MONITOR_COUNTERS.index(name)]
+
+    def thresholds(self, policy: Policy) -> Array:
+        """[2]: the loss, and the logarithm of the gradient norm, above which the next step is a spike."""
+        return self.levels[0:2] + policy.threshold * self.levels[2:4]
 
 
 @struct.dataclass
@@ -169,11 +179,11 @@ class GuardedUpdate:
     applied: Array
 
     def choose(self, new: Any, old: Any) -> Any:
-        """`new` where the update was applied, else `old`: for statistics and averages that must stand still as well."""
+        """`new` if the update was applied, else `old`: for statistics and averages that must stand still too."""
         return jax.tree.map(lambda a, b: jnp.where(self.applied, a, b), new, old)
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------------------
 
 
 def leaf_names(params: Params) -> tuple[str, ...]:
@@ -196,11 +206,10 @@ def _key(entry: Any) -> str:
 def monitors_of(state: Any) -> dict[str, MonitorState]:
     """The monitors in an experiment's state, by prefix ("" where there is one network).
 
-    Raises: `ValueError` when two of them have the same prefix, whose metrics would overwrite each other.
+    Raises: `ValueError` when two of them have the same prefix: their metrics would overwrite each other.
     """
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MonitorState))
     monitors: dict[str, MonitorState] = {}
-    for node in nodes:
+    for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MonitorState)):
         if isinstance(node, MonitorState):
             if node.prefix in monitors:
                 raise ValueError(f"two monitors in one state have the prefix {node.prefix!r}")
@@ -209,17 +218,24 @@ def monitors_of(state: Any) -> dict[str, MonitorState]:
 
 
 def nonfinite_tensors(metrics: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> list[str]:
-    """The tensors that were not finite in one step's metrics, e.g. `["loss", "gradient of critic/conv_0/kernel"]`.
+    """What was not finite in one step's metrics, e.g. `["loss", "gradient of critic/conv_0/kernel"]`.
 
-    `names`: `{prefix: monitor.leaf_names}` of `monitors_of(state)`.
+    `names`: `{prefix: monitor.leaf_names}` of `monitors_of(state)`. A parameter (after the update) is named only where
+    its gradient was finite: otherwise it follows from the gradient.
     """
     found = []
     for prefix, leaves in names.items():
-        if metrics.get(f"{MONITOR_PREFIX}{prefix}nonfinite_loss"):
+        start = f"{MONITOR_PREFIX}{prefix}"
+        if metrics.get(f"{start}nonfinite_loss"):
             found.append(f"{prefix}loss")
-        for vector, what in zip(MONITOR_VECTORS, ("gradient", "parameter")):
-            flags = metrics.get(f"{MONITOR_PREFIX}{prefix}{vector}", ())
-            found += [f"{what} of {prefix}{leaf}" for leaf, flag in zip(leaves, flags) if flag]
+        gradients = [bool(flag) for flag in metrics.get(f"{start}nonfinite_gradients", ())]
+        params = [bool(flag) for flag in metrics.get(f"{start}nonfinite_params", ())]
+        found += [f"gradient of {prefix}{leaf}" for leaf, bad in zip(leaves, gradients) if bad]
+        found += [
+            f"parameter {prefix}{leaf}"
+            for leaf, bad, explained in zip(leaves, params, gradients)
+            if bad and not explained
+        ]
     return found
 
 
@@ -228,37 +244,44 @@ def merge_inner_metrics(metrics: Sequence[Mapping[str, Array]]) -> dict[str, Arr
     return {name: jnp.max(jnp.stack([m[name] for m in metrics]), axis=0) for name in metrics[0]}
 
 
-# --- norms ------------------------------------------------------------------------------------------------------------
+# --- norms ----------------------------------------------------------------------------------------------------
 
-
-def sum_of_squares(x: Array) -> Array:
-    """float32 sum of squares, not finite if an entry is not (or is beyond about 1e19, which is as good as lost)."""
-    flat = x.astype(jnp.float32).reshape(-1)
-    lanes = 256
-    whole = flat.size // lanes * lanes
-    # Sums along the leading axis vectorise on CPU; one long sum is a chain of dependent additions.
-    total = jnp.sum(jnp.sum(jnp.square(flat[:whole].reshape(-1, lanes)), axis=0))
-    return total + jnp.sum(jnp.square(flat[whole:])) if whole < flat.size else total
+_LANES = 256
 
 
 def _squares(tree: Params) -> Array:
-    return jnp.stack([sum_of_squares(leaf) for leaf in jax.tree.leaves(tree)])  # (leaves,)
+    """float32 sums of squares of the leaves, [leaves].
+
+    Not finite where an entry is not finite, or beyond about 1e19, which is as good as lost. Partial sums run along a
+    leading axis: that vectorises on CPU, where one long sum is a chain of dependent additions.
+    """
+
+    def partial_sums(leaf: Array) -> Array:
+        flat = leaf.astype(jnp.float32).reshape(-1)
+        whole = flat.size // _LANES * _LANES
+        rest = jnp.square(jnp.pad(flat[whole:], (0, _LANES - (flat.size - whole))))
+        if not whole:
+            return rest
+        sums = jnp.sum(jnp.square(flat[:whole].reshape(-1, _LANES)), axis=0)
+        return sums if whole == flat.size else sums + rest
+
+    return jnp.sum(jnp.stack([partial_sums(leaf) for leaf in jax.tree.leaves(tree)]), axis=-1)
+
+
+def _group_norms(squares: Array, names: Sequence[str]) -> Array:
+    """[..., leaves] -> [..., groups]. A sum with a mask, not a matrix product: 0 x inf would spoil every group."""
+    groups = [name.split("/")[0] for name in names]
+    member = jnp.array([[group == other for other in dict.fromkeys(groups)] for group in groups])  # (leaves, groups)
+    return jnp.sqrt(jnp.sum(jnp.where(member, squares[..., None], 0.0), axis=-2))
 
 
 def norms_by_group(tree: Params) -> dict[str, Array]:
     """The float32 norm of each group of `group_names(tree)`."""
-    return _group_norms(_squares(tree), leaf_names(tree))
+    norms = _group_norms(_squares(tree), leaf_names(tree))
+    return {group: norms[i] for i, group in enumerate(group_names(tree))}
 
 
-def _group_norms(squares: Array, names: Sequence[str]) -> dict[str, Array]:
-    groups = [name.split("/")[0] for name in names]
-    return {
-        group: jnp.sqrt(sum(squares[i] for i, other in enumerate(groups) if other == group))
-        for group in dict.fromkeys(groups)
-    }
-
-
-# --- the level of a noisy, drifting quantity --------------------------------------------------------------------------
+# --- the level of a noisy, drifting quantity ------------------------------------------------------------------
 
 
 def masked_median(values: Array, count: Array) -> Array:
@@ -272,8 +295,8 @@ def masked_median(values: Array, count: Array) -> Array:
 def level_and_scale(window: Array, count: Array) -> tuple[Array, Array]:
     """Where the next value should be and how far it may stray: a robust line through the last `count` values.
 
-    Shapes: `window` [..., W] -> two arrays [...]. The slope is the median of the differences between points half
-    a window apart (Theil-Sen over W/2 pairs); it is zero until the window is full.
+    Shapes: `window` [..., W] -> two arrays [...]. The slope is the median rise between points half a window apart
+    (Theil and Sen's estimate over W/2 pairs); it is zero until the window is full.
     """
     size = window.shape[-1]
     half = size // 2
@@ -282,30 +305,23 @@ def level_and_scale(window: Array, count: Array) -> tuple[Array, Array]:
     age = jnp.arange(size, dtype=window.dtype) - (size - 1)  # 0 for the newest
     flat = window - slope[..., None] * age
     level = masked_median(flat, count)
-    spread = masked_median(jnp.abs(flat - level[..., None]), count)
-    return level, MAD_TO_SIGMA * spread
+    return level, MAD_TO_SIGMA * masked_median(jnp.abs(flat - level[..., None]), count)
 
 
-# --- the monitor ------------------------------------------------------------------------------------------------------
+# --- the monitor ----------------------------------------------------------------------------------------------
 
 
 def init_monitor(params: Params, policy: Policy, prefix: str = "") -> MonitorState:
     """The monitor before the first step. `prefix` ("generator/") tells the networks of one experiment apart."""
-    f32, i32 = jnp.float32, jnp.int32
+    infinite, unknown = jnp.inf, jnp.nan
     return MonitorState(
-        steps=jnp.zeros((), i32),
-        window=jnp.zeros((2, policy.window), f32),
-        accepted=jnp.zeros((), i32),
-        recent=jnp.zeros((2, policy.patience), f32),
-        recent_spikes=jnp.zeros((policy.patience,), bool),
-        level=jnp.full((2,), jnp.inf, f32),
-        scale=jnp.ones((2,), f32),
-        start_level=jnp.full((), jnp.nan, f32),
-        best_level=jnp.full((), jnp.inf, f32),
-        best_scale=jnp.zeros((), f32),
-        nonfinite_steps=jnp.zeros((), i32),
-        steps_far=jnp.zeros((), i32),
-        counts=jnp.zeros((len(MONITOR_COUNTERS),), i32),
+        window=jnp.zeros((2, policy.window), jnp.float32),
+        recent=jnp.zeros((3, policy.patience), jnp.float32),
+        clocks=jnp.zeros((len(_CLOCKS),), jnp.int32),
+        counts=jnp.zeros((len(MONITOR_COUNTERS),), jnp.int32),
+        # During the warm-up the level is infinite, so that nothing is above it.
+        levels=jnp.array([infinite, infinite, 1.0, 1.0, unknown, infinite, 0.0, 0.0], jnp.float32),
+        norms=jnp.zeros((2, len(group_names(params))), jnp.float32),
         leaf_names=leaf_names(params),
         prefix=prefix,
     )
@@ -324,65 +340,58 @@ def guarded_update(
 ) -> GuardedUpdate:
     """One optimiser step under watch.
 
-    Metrics: `stability/<prefix>grad_norm`, and for each group `stability/<prefix>grad_norm|update_norm|param_norm|
-    update_ratio/<group>`, where the parameters are those before the step and the ratio is update over parameter norm;
-    a skipped or held update has norm 0. Then `monitor/<prefix>*` as listed at the top of this module.
+    Metrics: `stability/<prefix>grad_norm`; for each group `stability/<prefix>X/<group>` with X one of `grad_norm`,
+    `update_norm`, `param_norm` (before the step) and `update_ratio` (update over parameter norm), where an update that
+    was not applied has norm 0; and `monitor/<prefix>*` as listed at the top of this module.
 
-    Parameters and updates are checked without reading the result: if both sums of squares are finite in float32, no entry
-    of either exceeds 1.9e19, and so their sum is finite.
+    Updated parameters are checked without being read: where the sums of squares of a parameter and of its update are
+    both finite in float32, no entry of either exceeds 1.9e19, and their sum is finite.
 
     Raises: `ValueError` while tracing when `monitor` was made for other parameters or another prefix.
     """
     names = leaf_names(params)
     if (names, prefix) != (monitor.leaf_names, monitor.prefix):
         raise ValueError(
-            f"the monitor with prefix {monitor.prefix!r} was made for {len(monitor.leaf_names)} other parameters, "
-            f"not for the {len(names)} of prefix {prefix!r}: pass the same to init_monitor and guarded_update"
+            f"the monitor of prefix {monitor.prefix!r} and {len(monitor.leaf_names)} tensors does not fit the "
+            f"{len(names)} tensors of prefix {prefix!r}: give init_monitor and guarded_update the same"
         )
     loss = loss.astype(jnp.float32)
     gradient_squares = _squares(gradients)  # (leaves,)
     norm = jnp.sqrt(jnp.sum(gradient_squares))
     log_norm = jnp.log(jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
     observed = jnp.stack([loss, log_norm])
+    limits = monitor.thresholds(policy)
 
     measurable = jnp.isfinite(loss) & jnp.isfinite(norm)
-    limit = monitor.level + policy.threshold * monitor.scale
-    spikes = measurable & (observed > limit)
-    spike = jnp.any(spikes)
+    spikes = measurable & (observed > limits)
+    spike = spikes[0] | spikes[1]
 
     clip_factor = jnp.ones((), jnp.float32)
     if policy.on_spike == "clip":
-        clip_factor = jnp.where(spike, jnp.minimum(1.0, jnp.exp(monitor.level[1] - log_norm)), 1.0)
+        clip_factor = jnp.where(spike, jnp.minimum(1.0, jnp.exp(monitor.levels[1] - log_norm)), 1.0)
         gradients = jax.tree.map(lambda g: g * clip_factor.astype(g.dtype), gradients)
 
-    updates, new_optimizer_state = optimizer.update(gradients, optimizer_state, params)
-    update_squares = _squares(updates)
-    param_squares = _squares(params)
-    nonfinite_gradients = ~jnp.isfinite(gradient_squares)
-    nonfinite_params = ~jnp.isfinite(update_squares + param_squares)
-    nonfinite = ~measurable | jnp.any(nonfinite_params)
+    hold = jnp.zeros((), bool)
+    if policy.on_nonfinite != "log":
+        hold = hold | ~measurable
+    if policy.on_spike in ("skip", "rollback", "stop"):
+        hold = hold | spike
+    step = monitor.clock("steps") + 1
+    measure = spike | (step % MEASURE_EVERY == 0) | (step % policy.log_every == 0) | (step == 1)
+    new_params, new_optimizer_state, squares, measured = _update(
+        optimizer, gradients, params, optimizer_state, hold=hold, measure=measure, policy=policy
+    )
 
-    acted_on_spike = spike & ~nonfinite
-    skipped = held = jnp.zeros((), bool)
-    if policy.on_nonfinite in ("skip", "clip"):
-        skipped = skipped | nonfinite
-    elif policy.on_nonfinite in ("rollback", "stop"):
-        held = held | nonfinite
-    if policy.on_spike == "skip":
-        skipped = skipped | acted_on_spike
-    elif policy.on_spike in ("rollback", "stop"):
-        held = held | acted_on_spike
-    clipped = acted_on_spike & (clip_factor < 1.0)
-    applied = ~(skipped | held)
+    nonfinite_params = ~jnp.isfinite(squares[0] + squares[1])  # (leaves,)
+    nonfinite_after = jnp.any(nonfinite_params)
+    nonfinite = ~measurable | nonfinite_after
+    clipped = spike & ~nonfinite & (clip_factor < 1.0)
+    held_back = hold | (nonfinite_after if policy.on_nonfinite != "log" else False)
+    skips_nonfinite = policy.on_nonfinite in ("skip", "clip")
+    skipped = held_back & jnp.where(nonfinite, skips_nonfinite, policy.on_spike == "skip")
+    held = held_back & ~skipped
 
-    new_params = optax.apply_updates(params, updates)
-    if (policy.on_spike, policy.on_nonfinite) not in (("log", "log"), ("clip", "log")):
-        new_params, new_optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(applied, new, old),
-            (new_params, new_optimizer_state),
-            (params, optimizer_state),
-        )
-
+    norms = jnp.where(measured & ~nonfinite, _group_norms(squares, names), monitor.norms)
     flags = {
         "spike": spike,
         "loss_spike": spikes[0],
@@ -393,130 +402,145 @@ def guarded_update(
         "clipped": clipped,
         "held": held,
     }
-    monitor, flags = _remember(monitor, observed, flags, policy)
+    monitor, flags = _remember(dataclasses.replace(monitor, norms=norms), observed, flags, policy)
 
-    out: dict[str, Array] = {f"{STABILITY_PREFIX}{prefix}grad_norm": norm}
-    gradient_norms, update_norms, param_norms = (
-        _group_norms(squares, names) for squares in (gradient_squares, update_squares, param_squares)
-    )
-    for group in gradient_norms:
-        update_norm = jnp.where(applied, update_norms[group], 0.0)
-        out[f"{STABILITY_PREFIX}{prefix}grad_norm/{group}"] = gradient_norms[group]
-        out[f"{STABILITY_PREFIX}{prefix}update_norm/{group}"] = update_norm
-        out[f"{STABILITY_PREFIX}{prefix}param_norm/{group}"] = param_norms[group]
-        out[f"{STABILITY_PREFIX}{prefix}update_ratio/{group}"] = update_norm / jnp.maximum(
-            param_norms[group], 1e-12
-        )
+    group_norms = _group_norms(gradient_squares, names)
+    update_norms = jnp.where(held_back, 0.0, norms[0])
+    ratios = update_norms / jnp.maximum(norms[1], jnp.finfo(jnp.float32).tiny)
     values = {
         "loss": loss,
-        "loss_level": monitor.level[0],
-        "loss_threshold": limit[0],
-        "gradient_level": jnp.exp(monitor.level[1]),
-        "gradient_threshold": jnp.exp(limit[1]),
+        "loss_level": monitor.levels[0],
+        "loss_threshold": limits[0],
+        "gradient_level": jnp.exp(monitor.levels[1]),
+        "gradient_threshold": jnp.exp(limits[1]),
         "clip_factor": clip_factor,
-        "steps_far": monitor.steps_far,
-        "nonfinite_gradients": nonfinite_gradients,
+        "steps_far": monitor.clock("steps_far"),
+        "nonfinite_gradients": ~jnp.isfinite(gradient_squares),
         "nonfinite_params": nonfinite_params,
-        **{counter: monitor.counts[i] for i, counter in enumerate(MONITOR_COUNTERS)},
+        **{name: monitor.count(name) for name in MONITOR_COUNTERS},
     }
-    out |= {f"{MONITOR_PREFIX}{prefix}{name}": value for name, value in (flags | values).items()}
-    return GuardedUpdate(new_params, new_optimizer_state, monitor, out, applied)
+    metrics = {f"{STABILITY_PREFIX}{prefix}grad_norm": norm}
+    for i, group in enumerate(group_names(params)):
+        metrics[f"{STABILITY_PREFIX}{prefix}grad_norm/{group}"] = group_norms[i]
+        metrics[f"{STABILITY_PREFIX}{prefix}update_norm/{group}"] = update_norms[i]
+        metrics[f"{STABILITY_PREFIX}{prefix}param_norm/{group}"] = norms[1, i]
+        metrics[f"{STABILITY_PREFIX}{prefix}update_ratio/{group}"] = ratios[i]
+    metrics |= {f"{MONITOR_PREFIX}{prefix}{name}": value for name, value in (flags | values).items()}
+    return GuardedUpdate(new_params, new_optimizer_state, monitor, metrics, ~held_back)
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    gradients: Params,
+    params: Params,
+    optimizer_state: Any,
+    *,
+    hold: Array,
+    measure: Array,
+    policy: Policy,
+) -> tuple[Params, Any, Array, Array]:
+    """(parameters, optimiser state, squares [2, leaves] of updates and parameters, whether those were measured).
+
+    An unmeasured step has squares 0. One that turns out not to be finite is dropped unless the policy is `log`.
+    """
+
+    def apply(measured: bool) -> tuple[Params, Any, Array]:
+        updates, new_state = optimizer.update(gradients, optimizer_state, params)
+        new_params = optax.apply_updates(params, updates)
+        if not measured:
+            return new_params, new_state, unmeasured
+        squares = jnp.stack([_squares(updates), _squares(params)])
+        if policy.on_nonfinite != "log":
+            finite = jnp.all(jnp.isfinite(squares))
+            new_params, new_state = _select(finite, (new_params, new_state), (params, optimizer_state))
+        return new_params, new_state, squares
+
+    unmeasured = jnp.zeros((2, len(jax.tree.leaves(params))), jnp.float32)
+    if jax.default_backend() == "cpu":
+        branches = (lambda: (params, optimizer_state, unmeasured), lambda: apply(False), lambda: apply(True))
+        index = jnp.where(hold, 0, jnp.where(measure, 2, 1))
+        return *lax.switch(index, branches), measure & ~hold
+    new_params, new_state, squares = apply(True)
+    new_params, new_state = _select(hold, (params, optimizer_state), (new_params, new_state))
+    return new_params, new_state, jnp.where(hold, 0.0, squares), ~hold
+
+
+def _select(condition: Array, chosen: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
 
 
 def _remember(
     monitor: MonitorState, observed: Array, flags: dict[str, Array], policy: Policy
 ) -> tuple[MonitorState, dict[str, Array]]:
-    """The monitor after a step: windows, levels, counters; and the flags with those that only now are known."""
+    """The monitor after a step, and the flags with those that only now are known."""
     measurable = jnp.all(jnp.isfinite(observed))
     accept = measurable & ~flags["spike"]
-    steps = monitor.steps + 1
+    steps = monitor.clock("steps") + 1
 
+    seen = jnp.append(observed, flags["spike"].astype(jnp.float32))
+    recent = jnp.where(measurable, _push(monitor.recent, seen), monitor.recent)
+    rebaselined = jnp.sum(recent[2]) >= policy.patience // 2
+    recent = recent.at[2].multiply(~rebaselined)
     window = jnp.where(accept, _push(monitor.window, observed), monitor.window)
-    accepted = jnp.minimum(monitor.accepted + accept, policy.window)
-    recent = jnp.where(measurable, _push(monitor.recent, observed), monitor.recent)
-    recent_spikes = jnp.where(measurable, _push(monitor.recent_spikes, flags["spike"]), monitor.recent_spikes)
-
-    rebaselined = jnp.sum(recent_spikes) >= policy.patience // 2
-    refilled = jnp.concatenate([window[:, : policy.window - policy.patience], recent], axis=1)
+    refilled = jnp.concatenate([window[:, : policy.window - policy.patience], recent[:2]], axis=1)
     window = jnp.where(rebaselined, refilled, window)
+    accepted = jnp.minimum(monitor.clock("accepted") + accept, policy.window)
     accepted = jnp.where(rebaselined, policy.patience, accepted)
-    recent_spikes = recent_spikes & ~rebaselined
-    nonfinite_steps = jnp.where(flags["nonfinite"], monitor.nonfinite_steps + 1, 0)
+    nonfinite_steps = jnp.where(flags["nonfinite"], monitor.clock("nonfinite_steps") + 1, 0)
 
+    refresh = (steps % MEASURE_EVERY == 0) | rebaselined
+    levels = lax.cond(
+        refresh,
+        lambda: _levels(window, recent, accepted, nonfinite_steps, monitor.levels, policy),
+        lambda: monitor.levels,
+    )
+    far_before = monitor.clock("steps_far")
+    still_far = jnp.where(levels[_LEVELS.index("far")] > 0, far_before + MEASURE_EVERY, 0)
+    steps_far = jnp.where(steps % MEASURE_EVERY == 0, still_far, far_before)
+    blowup = (steps_far >= policy.blowup_patience) & (far_before < policy.blowup_patience)
+
+    events = [flags[name] for name in ("spike", "nonfinite", "skipped", "clipped", "held")]
+    events += [rebaselined, blowup, flags["skipped"] | flags["clipped"]]
     monitor = dataclasses.replace(
         monitor,
-        steps=steps,
         window=window,
-        accepted=accepted,
         recent=recent,
-        recent_spikes=recent_spikes,
-        nonfinite_steps=nonfinite_steps,
+        clocks=jnp.stack([steps, accepted, nonfinite_steps, steps_far]).astype(jnp.int32),
+        counts=monitor.counts + jnp.stack(events),
+        levels=levels,
     )
-    far_before = monitor.steps_far
-    monitor = lax.cond(
-        (steps % REFRESH == 0) | rebaselined, lambda m: _refresh(m, policy), lambda m: m, monitor
-    )
-
-    blowup = (monitor.steps_far >= policy.blowup_patience) & (far_before < policy.blowup_patience)
-    counted = [
-        flags["spike"],
-        flags["nonfinite"],
-        flags["skipped"],
-        flags["clipped"],
-        flags["held"],
-        rebaselined,
-        blowup,
-    ]
-    interventions = flags["skipped"] | flags["clipped"]
-    counts = monitor.counts + jnp.stack([*counted, interventions]).astype(jnp.int32)
-    exhausted = counts[MONITOR_COUNTERS.index("interventions")] > policy.max_interventions
-    return dataclasses.replace(monitor, counts=counts), {
-        **flags,
-        "rebaselined": rebaselined,
-        "blowup": blowup,
-        "exhausted": exhausted,
-    }
+    exhausted = monitor.count("interventions") > policy.max_interventions
+    return monitor, {**flags, "rebaselined": rebaselined, "blowup": blowup, "exhausted": exhausted}
 
 
 def _push(window: Array, value: Array) -> Array:
     return jnp.concatenate([window[..., 1:], value[..., None]], axis=-1)
 
 
-def _refresh(monitor: MonitorState, policy: Policy) -> MonitorState:
-    """New levels and scales from the window, and whether the loss is far above its best."""
-    count = jnp.maximum(monitor.accepted, 1)
-    ready = monitor.accepted >= policy.patience
-    level, scale = level_and_scale(monitor.window, count)
-    floor = jnp.stack([LOSS_SCALE_FLOOR * jnp.abs(level[0]), jnp.full((), LOG_NORM_SCALE_FLOOR, level.dtype)])
-    scale = jnp.maximum(scale, jnp.maximum(floor, jnp.finfo(jnp.float32).tiny))
-    monitor = dataclasses.replace(
-        monitor, level=jnp.where(ready, level, jnp.inf), scale=jnp.where(ready, scale, 1.0)
-    )
-    if not policy.watch_blowup:
-        return monitor
+def _levels(window: Array, recent: Array, accepted: Array, nonfinite_steps: Array, old: Array, policy: Policy) -> Array:
+    """New levels and scales from the window, and whether the loss is now far above the best it has been."""
+    count = jnp.maximum(accepted, 1)
+    ready = accepted >= policy.patience
+    level, scale = level_and_scale(window, count)  # (2,), (2,)
+    scale = jnp.maximum(scale, jnp.stack([LOSS_SCALE_FLOOR * jnp.abs(level[0]), LOG_NORM_SCALE_FLOOR]))
+    scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+    level, scale = jnp.where(ready, level, jnp.inf), jnp.where(ready, scale, 1.0)
 
-    median = masked_median(monitor.window[0], count)
-    start = jnp.where(jnp.isnan(monitor.start_level) & ready, median, monitor.start_level)
-    better = ready & (median < monitor.best_level)
-    best = jnp.where(better, median, monitor.best_level)
-    best_scale = jnp.where(better, scale[0], monitor.best_scale)
-
-    now = jnp.median(monitor.recent[0])
-    gained = start - best
-    out_of_reach = now > best + LOST_FACTOR * jnp.abs(best)
-    lost = (gained > LOST_SCALES * best_scale) & (now > best + LOST_SHARE * gained)
-    far = (now > best + LOST_SCALES * best_scale) & (out_of_reach | lost) | (
-        monitor.nonfinite_steps >= REFRESH
-    )
-    return dataclasses.replace(
-        monitor,
-        start_level=start,
-        best_level=best,
-        best_scale=best_scale,
-        steps_far=jnp.where(far, monitor.steps_far + REFRESH, 0),
-    )
+    start, best, best_scale = old[4], old[5], old[6]
+    far = jnp.zeros((), bool)
+    if policy.watch_blowup:
+        median = masked_median(window[0], count)
+        start = jnp.where(jnp.isnan(start) & ready, median, start)
+        better = ready & (median < best)
+        best, best_scale = jnp.where(better, median, best), jnp.where(better, scale[0], best_scale)
+        now = jnp.median(recent[0])
+        gained = start - best
+        out_of_reach = now > best + LOST_FACTOR * jnp.abs(best)
+        lost = (gained > LOST_SCALES * best_scale) & (now > best + LOST_SHARE * gained)
+        far = ((now > best + LOST_SCALES * best_scale) & (out_of_reach | lost)) | (nonfinite_steps >= MEASURE_EVERY)
+    return jnp.concatenate([level, scale, jnp.stack([start, best, best_scale, far.astype(jnp.float32)])])
 
 
 def is_blown_up(monitor: MonitorState, policy: Policy) -> bool:
-    """Whether the loss is, now, far above its best and has been for long (on the host)."""
-    return int(monitor.steps_far) >= policy.blowup_patience and math.isfinite(policy.blowup_patience)
+    """Whether, at the end of a run, the loss is far above its best and has been for long."""
+    return int(monitor.clock("steps_far")) >= policy.blowup_patience
