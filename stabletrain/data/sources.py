@@ -121,7 +121,9 @@ def centre_crop(size: int) -> Crop:
         while min(picture.size) >= 2 * size:
             picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
         scale = size / min(picture.size)
-        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+        picture = picture.resize(
+            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
+        )
         left, top = (picture.width - size) // 2, (picture.height - size) // 2
         return picture.crop((left, top, left + size, top + size))
 
