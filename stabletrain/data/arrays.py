@@ -113,14 +113,13 @@ def _with_hold_out(arrays: dict[str, NDArray], path: Path) -> dict[str, NDArray]
 def read_npz(path: Path) -> RawArrays:
     """The user's .npz: `train_x`, and where there are any `train_y`, `test_x`, `test_y`, `names` (class names).
 
-    Without splits: `x` and `y`, of which every tenth image (of each class) is held out for testing. Other keys are ignored. Raises: `DataError` for a damaged file and for anything of the wrong shape or type.
+    Without splits: `x` and `y`, of which every tenth image (of each class) is held out for testing. Other keys are
+    ignored. Raises: `DataError` for a damaged file and for anything of the wrong shape or type.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {
-                key: archive[key] for key in ("train_x", "train_y", "test_x", "test_y", "names") if key in archive
-            }
             keys = list(archive)
+            arrays = {key: archive[key] for key in NPZ_KEYS if key in keys}
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path} is not a readable .npz: {error}") from error
     if "x" in arrays and "train_x" not in arrays:

@@ -170,7 +170,7 @@ def _held_out(name: str) -> bool:
 
 
 def tiny_imagenet_lists(store: Store) -> FileLists:
-    """Tiny-ImageNet as published: train/<wnid>/images/*.JPEG, val/images, val/val_annotations.txt, wnids.txt, words.txt.
+    """Tiny-ImageNet as published: train/<wnid>/images, val/images, val/val_annotations.txt, wnids.txt, words.txt.
 
     Raises: `DataError` when a list is missing.
     """
