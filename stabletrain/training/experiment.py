@@ -91,7 +91,9 @@ class Family:
     """`resolve(config)` -> config with every automatic value filled in. No JAX, no data."""
     shorthands: Mapping[str, Shorthand] = field(default_factory=dict)
     sample: Callable[..., Mapping[str, bytes]] | None = None
-    """`sample(experiment, state, options, context)` -> files by relative path. See `cli/sample.py` for the options."""
+    """`sample(experiment, state, options, context)` -> files by relative path; `options` is a `sample_options`."""
+    sample_options: type | None = None
+    """A frozen dataclass of `option(...)` fields: what `stabletrain sample` takes besides the run directory."""
     subcommands: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
