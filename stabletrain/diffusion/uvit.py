@@ -1,0 +1,172 @@
+"""U-ViT: a vision transformer with long skip connections (Bao et al., CVPR 2023), with a choice of skip scalings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stabletrain.diffusion.skips import SkipMerge, feature_norm, multiplier_of, skip_scales
+from stabletrain.methods.scalelong import LearnedScale
+from stabletrain.nn.attention import attend
+from stabletrain.nn.convolution import Convolution
+from stabletrain.nn.embeddings import sinusoidal
+from stabletrain.nn.initializers import torch_uniform
+
+EPSILON = 1e-5  # of every LayerNorm in the released network; Flax's own default is 1e-6
+normal_002 = nn.initializers.normal(0.02)
+
+
+def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
+    """LayerNorm with statistics in float32 and the two-pass variance."""
+    return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + Attn(LN(x)), then x + MLP(LN(x)). [B, L, D] -> [B, L, D].
+
+    Queries, keys and values come from one matrix without bias, in the order (q, k, v) x heads x d; exact (erf) GELU.
+    """
+
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, length, width = x.shape
+
+        def dense(features: int, name: str, bias: bool = True) -> nn.Dense:
+            return nn.Dense(features, use_bias=bias, kernel_init=normal_002, dtype=self.dtype, name=name)
+
+        y = layer_norm("norm1", self.dtype)(x)
+        qkv = dense(3 * width, "qkv", bias=False)(y).reshape(batch, length, 3, self.heads, width // self.heads)
+        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(batch, length, width)
+        x = x + dense(width, "proj")(y)
+        y = layer_norm("norm2", self.dtype)(x)
+        y = nn.gelu(dense(int(self.mlp_ratio * width), "fc1")(y), approximate=False)
+        return x + dense(width, "fc2")(y)
+
+
+class SkipLinear(nn.Module):
+    """Linear(2D -> D) of the concatenation [h, s], computed as h W_h + s W_s without a copy; one kernel [2D, D]."""
+
+    features: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, h: jax.Array, s: jax.Array) -> jax.Array:
+        width = h.shape[-1]
+        kernel = self.param("kernel", normal_002, (width + s.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        dtype = self.dtype or jnp.result_type(h, kernel)
+        kernel = kernel.astype(dtype)
+        return h.astype(dtype) @ kernel[:width] + s.astype(dtype) @ kernel[width:] + bias.astype(dtype)
+
+
+class UViT(nn.Module):
+    """Predicts the noise in `images` at `times`.
+
+    Tokens are [label,] time, patches. With `num_classes` > 0 labels are given as [B] in 0 .. num_classes, the last
+    being the null label of classifier-free guidance (left out with `null_label=False`); with 0 they are not used.
+
+    Shapes: images [B, H, W, C], times [B] (0 .. 999), labels [B] -> [B, H, W, C] in at least float32.
+    Collection "features", when mutable: the per-sample norm [B] of each decoder block's output, `skip_<i>`, of the
+    middle block's, `middle`, and the mean gate where there are gates.
+    Source: Bao et al. 2023, U-ViT; Huang et al. 2023 for the scalings.
+    """
+
+    image_size: int
+    channels: int = 3
+    patch_size: int = 2
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    num_classes: int = 0
+    null_label: bool = True
+    skip_scaling: str = "none"
+    kappa: float = 0.7
+    gate_form: str = "token"
+    dtype: Any = None
+
+    @property
+    def num_skips(self) -> int:
+        """Long skip connections: one for each encoder block."""
+        return self.depth // 2
+
+    @nn.compact
+    def __call__(
+        self,
+        images: jax.Array,
+        times: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        skip_multipliers: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        x, extras = self._tokens(images, times, labels)
+        shared = LearnedScale(self.gate_form, name="gate") if self.skip_scaling == "ls" else None
+        scales = skip_scales(self.skip_scaling, range(self.num_skips), self.kappa)
+        skips = []
+        for i in range(self.num_skips):
+            x = Block(self.heads, self.mlp_ratio, self.dtype, name=f"in_block_{i}")(x)
+            skips.append(x)
+        x = Block(self.heads, self.mlp_ratio, self.dtype, name="mid_block")(x)
+        self.sow("features", "middle", feature_norm(x))
+        for i in reversed(range(self.num_skips)):
+            merge = SkipMerge(self.skip_scaling, scales[i], self.gate_form, name=f"merge_{i}")
+            h, s = merge(x, skips[i], multiplier_of(skip_multipliers, i), shared)
+            x = SkipLinear(self.width, self.dtype, name=f"skip_linear_{i}")(h, s)
+            x = Block(self.heads, self.mlp_ratio, self.dtype, name=f"out_block_{i}")(x)
+            self.sow("features", f"skip_{i}", feature_norm(x))
+        x = layer_norm("norm", self.dtype)(x)[:, extras:]
+        return self._images(x)
+
+    def _tokens(self, images: jax.Array, times: jax.Array, labels: jax.Array | None) -> tuple[jax.Array, int]:
+        batch, height, width, channels = images.shape
+        p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"patches of {p} do not divide an image of {height}x{width}")
+        fan_in = p * p * channels
+        kernel = self.param("patch_kernel", torch_uniform(fan_in), (p, p, channels, self.width))
+        bias = self.param("patch_bias", torch_uniform(fan_in), (self.width,))
+        dtype = self.dtype or jnp.result_type(images, kernel)
+        patches = images.reshape(batch, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(batch, -1, fan_in).astype(dtype)  # a strided convolution is one product
+        x = patches @ kernel.reshape(fan_in, self.width).astype(dtype) + bias.astype(dtype)
+        tokens = [sinusoidal(times, self.width)[:, None].astype(dtype), x]
+        if self.num_classes:
+            if labels is None:
+                raise ValueError("this network is class-conditional: labels are needed")
+            table = nn.Embed(
+                self.num_classes + self.null_label,
+                self.width,
+                embedding_init=nn.initializers.normal(1.0),
+                name="label_embedding",
+            )
+            tokens.insert(0, table(labels)[:, None].astype(dtype))
+        x = jnp.concatenate(tokens, axis=1)
+        positions = self.param("position_embedding", normal_002, (1, x.shape[1], self.width))
+        return x + positions.astype(dtype), len(tokens) - 1
+
+    def _images(self, x: jax.Array) -> jax.Array:
+        p, c = self.patch_size, self.channels
+        side = self.image_size // p
+        x = nn.Dense(p * p * c, kernel_init=normal_002, dtype=self.dtype, name="decoder")(x)
+        x = x.reshape(-1, side, side, p, p, c).transpose(0, 1, 3, 2, 4, 5)  # (p1 p2 C), the channel fastest
+        x = x.reshape(-1, self.image_size, self.image_size, c)
+        init = torch_uniform(9 * c)
+        x = Convolution(c, kernel_init=init, bias_init=init, dtype=self.dtype, name="final_conv")(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+SIZES = {
+    "S": {"width": 512, "depth": 12, "heads": 8},
+    "S-deep": {"width": 512, "depth": 16, "heads": 8},
+    "M": {"width": 768, "depth": 16, "heads": 12},
+    "L": {"width": 1024, "depth": 20, "heads": 16},
+}
+"""Published sizes; the patch is named apart: S/2 is size S with patch_size 2."""
