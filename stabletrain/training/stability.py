@@ -265,7 +265,9 @@ def _squares(tree: Params) -> Array:
         sums = jnp.sum(jnp.square(flat[:whole].reshape(-1, _LANES)), axis=0)
         return sums if whole == flat.size else sums + rest
 
-    return jnp.sum(jnp.stack([partial_sums(leaf) for leaf in jax.tree.leaves(tree)]), axis=-1)
+    squares = jnp.sum(jnp.stack([partial_sums(leaf) for leaf in jax.tree.leaves(tree)]), axis=-1)
+    # Without the barrier a sum over leaves is merged with the sums within them, and all is summed twice.
+    return lax.optimization_barrier(squares)
 
 
 def _group_norms(squares: Array, names: Sequence[str]) -> Array:
@@ -419,12 +421,17 @@ def guarded_update(
         "nonfinite_params": nonfinite_params,
         **{name: monitor.count(name) for name in MONITOR_COUNTERS},
     }
+    # In the order of the vectors that they come from, so that packing them again is one copy per vector.
     metrics = {f"{STABILITY_PREFIX}{prefix}grad_norm": norm}
-    for i, group in enumerate(group_names(params)):
-        metrics[f"{STABILITY_PREFIX}{prefix}grad_norm/{group}"] = group_norms[i]
-        metrics[f"{STABILITY_PREFIX}{prefix}update_norm/{group}"] = update_norms[i]
-        metrics[f"{STABILITY_PREFIX}{prefix}param_norm/{group}"] = norms[1, i]
-        metrics[f"{STABILITY_PREFIX}{prefix}update_ratio/{group}"] = ratios[i]
+    per_group = {
+        "grad_norm": group_norms,
+        "update_norm": update_norms,
+        "param_norm": norms[1],
+        "update_ratio": ratios,
+    }
+    for quantity, vector in per_group.items():
+        for i, group in enumerate(group_names(params)):
+            metrics[f"{STABILITY_PREFIX}{prefix}{quantity}/{group}"] = vector[i]
     metrics |= {f"{MONITOR_PREFIX}{prefix}{name}": value for name, value in (flags | values).items()}
     return GuardedUpdate(new_params, new_optimizer_state, monitor, metrics, ~held_back)
 
@@ -510,7 +517,9 @@ def _remember(
         levels=levels,
     )
     exhausted = monitor.count("interventions") > policy.max_interventions
-    return monitor, {**flags, "rebaselined": rebaselined, "blowup": blowup, "exhausted": exhausted}
+    flags = {**flags, "rebaselined": rebaselined, "blowup": blowup, "exhausted": exhausted}
+    stacked = jnp.stack([flags[name] for name in MONITOR_FLAGS])
+    return monitor, {name: stacked[i] for i, name in enumerate(MONITOR_FLAGS)}
 
 
 def _push(window: Array, value: Array) -> Array:
