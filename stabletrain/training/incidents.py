@@ -78,8 +78,8 @@ class FlightRecorder:
         """Writes the window up to `step`. Returns its folder, or None when one of this kind was written just before.
 
         `policy` is what the user asked for, `action` what was done (a key of `ACTIONS`), `cause` the message of a
-        crash. The folder appears whole or not at all. A run that was killed after a dump and meets the same incident again
-        writes nothing new.
+        crash. The folder appears whole or not at all. A run that was killed after a dump and meets the same incident
+        again writes nothing new.
 
         Raises: `ValueError` for an unknown kind or action; `OSError` when the run directory cannot be written.
         """
