@@ -205,15 +205,15 @@ def _sentence(
         used = sum(int(metrics.get(f"{MONITOR_PREFIX}{network}interventions", 0)) for network in networks)
         parts.append(f"there have been {used} interventions, more than are allowed")
     for network in networks if kind in ("spike", "blowup") else []:
-        start = f"{MONITOR_PREFIX}{network}"
+        start, of = f"{MONITOR_PREFIX}{network}", network.replace("/", " ")
         loss, norm = metrics.get(f"{start}loss"), metrics.get(f"{STABILITY_PREFIX}{network}grad_norm")
         if kind == "blowup" and metrics.get(f"{start}blowup"):
             far = int(metrics[f"{start}steps_far"])
-            parts.append(f"the {network}loss is {loss:.4g} and has been far above its best for {far} steps")
+            parts.append(f"the {of}loss is {loss:.4g} and has been far above its best for {far} steps")
         if kind == "spike" and metrics.get(f"{start}loss_spike"):
-            parts.append(_above(f"the {network}loss", loss, metrics, f"{start}loss"))
+            parts.append(_above(f"the {of}loss", loss, metrics, f"{start}loss"))
         if kind == "spike" and metrics.get(f"{start}gradient_spike"):
-            parts.append(_above(f"the {network}gradient norm", norm, metrics, f"{start}gradient"))
+            parts.append(_above(f"the {of}gradient norm", norm, metrics, f"{start}gradient"))
     what = "; ".join(parts) or kind
     return f"Step {step}: {what}; {ACTIONS[action]} (policy {policy})."
 
