@@ -41,7 +41,10 @@ class EvaluationContext(Protocol):
 class Experiment(Protocol):
     """One per family; all that the loop needs to know."""
 
-    config: TrainConfig
+    @property
+    def config(self) -> TrainConfig:
+        """The resolved configuration; a family's own config class."""
+
     traceable: bool
     """True: `step` is a pure function which the loop compiles over the device mesh, donating the state.
     False: `step` is plain Python that calls its own compiled functions (a simulation followed by learning)."""

@@ -1,0 +1,82 @@
+"""From a resolved configuration to a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from stabletrain.diffusion.config import DiffusionConfig
+from stabletrain.diffusion.skip_mlp import SkipMLP
+from stabletrain.diffusion.unet import UNet
+from stabletrain.diffusion.uvit import UViT
+from stabletrain.errors import ConfigError
+
+
+def _uvit(config: DiffusionConfig, shape: tuple[int, int, int], common: Mapping[str, Any]) -> UViT:
+    size, _, channels = shape
+    patch = config.patch_size or max(patch for patch in range(1, max(1, size // 14) + 1) if size % patch == 0)
+    if size % patch:
+        raise ConfigError(f"patch size {patch} does not divide the images, which are {size} pixels wide")
+    return UViT(
+        image_size=size,
+        channels=channels,
+        patch_size=patch,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        **common,
+    )
+
+
+def _unet(config: DiffusionConfig, shape: tuple[int, int, int], common: Mapping[str, Any]) -> UNet:
+    size, _, channels = shape
+    halvings = len(config.channel_multipliers) - 1
+    if size % 2**halvings:
+        raise ConfigError(
+            f"{halvings + 1} levels halve the image {halvings} times, but its {size} pixels are not divisible by "
+            f"{2**halvings}: use fewer --channel-multipliers or another --image-size"
+        )
+    return UNet(
+        image_channels=channels,
+        channels=config.width,
+        multipliers=config.channel_multipliers,
+        blocks=config.depth,
+        attention_resolutions=config.attention or (),
+        heads=config.heads,
+        dropout=config.dropout or 0.0,
+        kappa_indexing=(config.kappa_indexing or "per-skip").removeprefix("per-"),
+        **common,
+    )
+
+
+def _mlp(config: DiffusionConfig, shape: tuple[int, int, int], common: Mapping[str, Any]) -> SkipMLP:
+    size, _, channels = shape
+    return SkipMLP(image_size=size, image_channels=channels, width=config.width, num_skips=config.depth, **common)
+
+
+BACKBONES: Mapping[str, Callable[[DiffusionConfig, tuple[int, int, int], Mapping[str, Any]], nn.Module]] = {
+    "uvit": _uvit,
+    "unet": _unet,
+    "mlp": _mlp,
+}
+
+
+def build_network(
+    config: DiffusionConfig, image_shape: tuple[int, int, int], *, num_classes: int, dtype: Any
+) -> nn.Module:
+    """The network of a resolved configuration for images of `image_shape` (H, W, C).
+
+    Called as `apply({"params": p}, images, times, labels or None, skip_multipliers=None, train=False)`. The label
+    `num_classes` means "none"; a network that is trained without hiding labels has no such embedding.
+    Raises: `ConfigError` where the shape does not fit.
+    """
+    common = {
+        "num_classes": num_classes,
+        "null_label": bool(config.label_dropout),
+        "skip_scaling": config.skip_scaling,
+        "kappa": 1.0 if config.kappa is None else config.kappa,
+        "dtype": dtype,
+    }
+    return BACKBONES[config.backbone](config, image_shape, common)

@@ -1,0 +1,342 @@
+"""The options of `stabletrain diffusion`, and the values chosen for those left open.
+
+Imports no JAX: the command line reads it to answer `--help`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from stabletrain.data.catalogue import CATALOGUE
+from stabletrain.errors import ConfigError
+from stabletrain.training.config import TrainConfig, fields_of, option, replace
+
+BACKBONE_NAMES = ("unet", "uvit", "mlp")
+SKIP_SCALING_NAMES = ("none", "sqrt2", "cs", "ls", "ls-per-skip", "const", "mp-cat", "layernorm", "learned-scalar")
+PROCESS_NAMES = ("vp-sde", "ddpm-linear", "ddpm-cosine")
+SAMPLER_NAMES = ("ddim", "ddpm", "ddpm-large", "euler-maruyama")
+
+NETWORK, PROCESS, SAMPLING, OPTIMISER, EVALUATION = "Network", "Noise process", "Sampling", "Optimiser", "Evaluation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(TrainConfig):
+    """A diffusion model. 0, "auto" and values not given are chosen by backbone and data set; see `resolve`."""
+
+    steps: int = option(0, "Number of training steps (optimiser updates); 0 chooses.", minimum=0)
+    image_size: int = option(
+        0, "Crop and resize images to this many pixels; 0: as the data set has them.", panel="Data", minimum=0
+    )
+    horizontal_flip: bool | None = option(None, "Mirror training images at random; chosen by data set.", panel="Data")
+
+    backbone: str = option(
+        "uvit",
+        "Network: DDPM's UNet, U-ViT, or the MLP of ScaleLong's theorems.",
+        panel=NETWORK,
+        choices=BACKBONE_NAMES,
+    )
+    skip_scaling: str = option(
+        "none",
+        "Scaling of the long skip connections; cs and ls are ScaleLong's.",
+        panel=NETWORK,
+        choices=SKIP_SCALING_NAMES,
+    )
+    kappa: float | None = option(None, "Base of the scaling: kappa^i for cs (0.7), kappa for const.", panel=NETWORK)
+    kappa_indexing: str | None = option(
+        None,
+        "UNet with cs: the exponent counts skips or resolution levels.",
+        panel=NETWORK,
+        choices=("per-skip", "per-level"),
+    )
+    width: int = option(
+        0, "Channels of the first level (unet) or features per token (uvit, mlp).", panel=NETWORK, minimum=0
+    )
+    depth: int = option(
+        0,
+        "Blocks besides the middle one (uvit), residual blocks per level (unet), skips (mlp).",
+        panel=NETWORK,
+        minimum=0,
+    )
+    patch_size: int = option(0, "uvit: pixels along a patch.", panel=NETWORK, minimum=0)
+    heads: int = option(0, "uvit and unet: attention heads.", panel=NETWORK, minimum=0)
+    channel_multipliers: tuple[int, ...] = option((), "unet: channels of each level, times the width.", panel=NETWORK)
+    attention: tuple[int, ...] | None = option(
+        None, "unet: sizes of the feature maps that get self-attention.", panel=NETWORK
+    )
+    dropout: float | None = option(None, "unet: dropout rate.", panel=NETWORK, minimum=0.0, maximum=0.95)
+    class_conditional: bool | None = option(
+        None, "Teach the labels to the network; chosen by data set (yes where a named one has labels).", panel=NETWORK
+    )
+    label_dropout: float | None = option(
+        None, "Share of labels hidden in training, for guidance.", panel=NETWORK, minimum=0.0, maximum=1.0
+    )
+
+    process: str = option(
+        "vp-sde", "Noise process; the network predicts the noise.", panel=PROCESS, choices=PROCESS_NAMES
+    )
+
+    sampler: str = option("ddim", "Sampler of the evaluation.", panel=SAMPLING, choices=SAMPLER_NAMES)
+    sampling_steps: int = option(
+        50, "Network evaluations per image (with guidance, of twice the batch).", panel=SAMPLING, minimum=1
+    )
+    ddim_eta: float | None = option(
+        None,
+        "ddim: share of fresh noise, 0 (deterministic) to 1 (ancestral).",
+        panel=SAMPLING,
+        minimum=0.0,
+        maximum=1.0,
+    )
+    guidance: float | None = option(
+        None, "Guidance strength w: 1 is the labelled network alone, 0 the unlabelled one.", panel=SAMPLING, minimum=0.0
+    )
+    clip_denoised: bool = option(
+        True, "Keep the estimated clean image in [-1, 1] at every sampling step.", panel=SAMPLING
+    )
+    sampling_batch: int = option(250, "Images sampled at once.", panel=SAMPLING, minimum=1, identity=False)
+
+    learning_rate: float = option(0.0, "Peak learning rate; 0 chooses.", panel=OPTIMISER, minimum=0.0)
+    warmup_steps: int | None = option(None, "Steps of linear warm-up from 0.", panel=OPTIMISER, minimum=0)
+    lr_decay: str | None = option(
+        None,
+        "Course of the learning rate after the warm-up.",
+        panel=OPTIMISER,
+        choices=("constant", "linear", "cosine"),
+    )
+    beta1: float | None = option(
+        None, "AdamW: decay of the first moment.", panel=OPTIMISER, minimum=0.0, maximum=0.9999999
+    )
+    beta2: float | None = option(
+        None, "AdamW: decay of the second moment.", panel=OPTIMISER, minimum=0.0, maximum=0.9999999
+    )
+    weight_decay: float | None = option(None, "AdamW: weight decay, on every parameter.", panel=OPTIMISER, minimum=0.0)
+    gradient_clip: float | None = option(
+        None, "Clip the global gradient norm to this; 0: never.", panel=OPTIMISER, minimum=0.0
+    )
+    ema_decay: float | None = option(
+        None,
+        "Decay of the moving average of the parameters; 0: none is kept.",
+        panel=OPTIMISER,
+        minimum=0.0,
+        maximum=0.9999999,
+    )
+    ema_ramp: bool | None = option(
+        None, "Let the decay rise as (1 + n) / (10 + n), so that the start is soon forgotten.", panel=OPTIMISER
+    )
+
+    eval_pairs: int = option(
+        2048, "Held-out (image, time, noise) triples of the evaluation's loss.", panel=EVALUATION, minimum=1
+    )
+    eval_samples: int | None = option(
+        None, "Generated images whose label a classifier judges; 0: none.", panel=EVALUATION, minimum=0
+    )
+
+    @property
+    def method(self) -> str:
+        """The skip scaling; `unscaled` where there is none."""
+        return "unscaled" if self.skip_scaling == "none" else self.skip_scaling
+
+    def check(self) -> None:
+        """Raises: `ConfigError` for options that contradict each other or would do nothing."""
+        for problem in _problems(self):
+            raise ConfigError(problem)
+
+
+# --- what makes no sense ----------------------------------------------------------------------------------------------
+
+ONLY_FOR: Mapping[str, tuple[str, ...]] = {
+    "patch_size": ("uvit",),
+    "heads": ("uvit", "unet"),
+    "channel_multipliers": ("unet",),
+    "attention": ("unet",),
+    "dropout": ("unet",),
+    "kappa_indexing": ("unet",),
+}
+"""Options that only some backbones have."""
+
+TAKES_KAPPA = ("cs", "const")
+HANDWRITING = ("digits", "mnist", "emnist")
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value != () and value != 0
+
+
+def _problems(config: DiffusionConfig) -> Iterator[str]:
+    """What is wrong with a configuration, each as the sentence that the user reads."""
+    for name, backbones in ONLY_FOR.items():
+        if _given(getattr(config, name)) and config.backbone not in backbones:
+            flag = "--" + name.replace("_", "-")
+            yield f"{flag} does nothing with --backbone {config.backbone}: it belongs to {' and '.join(backbones)}"
+    yield from _scaling_problems(config)
+    yield from _shape_problems(config)
+    yield from _label_problems(config)
+    yield from _sampler_problems(config)
+    if config.horizontal_flip and config.data is None and config.dataset in HANDWRITING:
+        yield f"--horizontal-flip makes no sense for {config.dataset}: a mirrored character is another one or none"
+    if config.ema_ramp and config.ema_decay == 0:
+        yield "--ema-ramp does nothing with --ema-decay 0"
+    if config.lr_decay in ("linear", "cosine") and config.steps and (config.warmup_steps or 0) >= config.steps:
+        yield (
+            f"--warmup-steps {config.warmup_steps} leaves nothing of the {config.steps} steps for "
+            f"--lr-decay {config.lr_decay}"
+        )
+
+
+def _scaling_problems(config: DiffusionConfig) -> Iterator[str]:
+    if config.kappa is not None:
+        if config.skip_scaling not in TAKES_KAPPA:
+            owners = " and ".join(TAKES_KAPPA)
+            yield f"--kappa does nothing with --skip-scaling {config.skip_scaling}: it belongs to {owners}"
+        if not 0 < config.kappa <= 1:
+            yield f"kappa is {config.kappa}, but must be above 0 and at most 1: it damps the deeper skips"
+    if config.kappa_indexing is not None and config.skip_scaling != "cs":
+        yield f"--kappa-indexing does nothing with --skip-scaling {config.skip_scaling}: it belongs to cs"
+
+
+def _shape_problems(config: DiffusionConfig) -> Iterator[str]:
+    if config.backbone == "uvit":
+        if config.depth % 2:
+            yield f"--depth {config.depth} is odd, but a U-ViT has as many blocks before the middle as after it"
+        if config.patch_size and config.image_size % config.patch_size:
+            yield f"patch size {config.patch_size} does not divide the image size {config.image_size}"
+    if config.heads and config.width % config.heads:
+        yield f"--width {config.width} is not divisible by {config.heads} attention heads"
+    if config.backbone == "unet" and config.image_size and config.channel_multipliers:
+        halvings = len(config.channel_multipliers) - 1
+        if config.image_size % 2**halvings:
+            yield (
+                f"{halvings + 1} levels halve the image {halvings} times, but {config.image_size} is not divisible "
+                f"by {2**halvings}"
+            )
+        sizes = [config.image_size // 2**level for level in range(len(config.channel_multipliers))]
+        for size in config.attention or ():
+            if size not in sizes:
+                yield f"--attention {size} names no feature map: their sizes are {', '.join(map(str, sizes))}"
+
+
+def _label_problems(config: DiffusionConfig) -> Iterator[str]:
+    if config.class_conditional is False:
+        if config.label_dropout:
+            yield "--label-dropout does nothing without labels (--no-class-conditional)"
+        if config.guidance is not None:
+            yield "--guidance does nothing without labels (--no-class-conditional)"
+        if config.eval_samples:
+            yield "--eval-samples asks whether samples have their label, but there is none (--no-class-conditional)"
+    elif config.guidance not in (None, 1.0) and config.label_dropout == 0:
+        yield f"--guidance {config.guidance} needs a network that was trained without labels too: raise --label-dropout"
+
+
+def _sampler_problems(config: DiffusionConfig) -> Iterator[str]:
+    if config.sampler == "euler-maruyama" and config.process != "vp-sde":
+        yield f"--sampler euler-maruyama solves a differential equation; --process {config.process} is none: use vp-sde"
+    if config.process != "vp-sde" and config.sampling_steps > 1000:
+        yield f"--sampling-steps {config.sampling_steps} is more than the 1000 levels of --process {config.process}"
+    if config.ddim_eta is not None and config.sampler != "ddim":
+        yield f"--ddim-eta does nothing with --sampler {config.sampler}"
+
+
+# --- automatic values -------------------------------------------------------------------------------------------------
+
+PAPER_UVIT: dict[str, Any] = {
+    "width": 512, "depth": 12, "heads": 8,
+    "steps": 500_000, "learning_rate": 2e-4, "warmup_steps": 2500, "lr_decay": "constant", "beta1": 0.99,
+    "beta2": 0.999, "weight_decay": 0.03, "gradient_clip": 0.0, "ema_decay": 0.9999, "ema_ramp": False,
+    "eval_samples": 1000,
+}  # fmt: skip
+"""U-ViT-S as Bao et al. 2023 train it on CIFAR-10; 14 to 16 patches along a side."""
+
+PAPER_UNET: dict[str, Any] = {
+    "width": 128, "depth": 2, "channel_multipliers": (1, 2, 2, 2), "attention": (16,), "heads": 1, "dropout": 0.1,
+    "steps": 800_000, "learning_rate": 2e-4, "warmup_steps": 5000, "lr_decay": "constant", "beta1": 0.9, "beta2": 0.999,
+    "weight_decay": 0.0, "gradient_clip": 1.0, "ema_decay": 0.9999, "ema_ramp": False, "eval_samples": 1000,
+}  # fmt: skip
+"""The UNet of Ho et al. 2020 on CIFAR-10."""
+
+SMALL_UVIT: dict[str, Any] = PAPER_UVIT | {
+    "width": 96, "depth": 6, "heads": 4,
+    "steps": 3000, "learning_rate": 2e-3, "warmup_steps": 100, "lr_decay": "linear", "beta1": 0.9, "beta2": 0.99,
+    "ema_decay": 0.995, "ema_ramp": True,
+}  # fmt: skip
+SMALL_UNET: dict[str, Any] = PAPER_UNET | {
+    "width": 32, "depth": 1, "channel_multipliers": (1, 2), "attention": (), "dropout": 0.0,
+    "steps": 3000, "learning_rate": 2e-3, "warmup_steps": 100, "lr_decay": "linear", "beta2": 0.99,
+    "ema_decay": 0.995, "ema_ramp": True,
+}  # fmt: skip
+"""Sized for two CPU cores and images of up to 16 pixels."""
+
+THEOREM_MLP: dict[str, Any] = {
+    "width": 128, "depth": 24,
+    "steps": 500, "learning_rate": 1e-3, "warmup_steps": 100, "lr_decay": "constant", "beta1": 0.9, "beta2": 0.99,
+    "weight_decay": 0.03, "gradient_clip": 0.0, "ema_decay": 0.0, "ema_ramp": False, "eval_samples": 0,
+}  # fmt: skip
+"""ReLU blocks and added skips as in the theorems of Huang et al. 2023, so deep that unscaled skips do not train."""
+
+SMALL_IMAGES = 16
+
+
+def _network_values(config: DiffusionConfig, image_size: int) -> dict[str, Any]:
+    """Size and training of the backbone: the paper's, or small for small images."""
+    small = 0 < image_size <= SMALL_IMAGES
+    if config.backbone == "mlp":
+        return dict(THEOREM_MLP)
+    if config.backbone == "uvit":
+        patches = 4 if small else 14  # along a side, at least; the paper's 16 do not divide 28 pixels
+        fitting = [patch for patch in range(1, image_size // patches + 1) if image_size % patch == 0]
+        return (SMALL_UVIT if small else PAPER_UVIT) | {"patch_size": max(fitting, default=0)}
+    if small:
+        return dict(SMALL_UNET)
+    levels = 4
+    while image_size and image_size % 2 ** (levels - 1):
+        levels -= 1  # 28 pixels can be halved twice only
+    values = PAPER_UNET | {"channel_multipliers": (1, 2, 2, 2)[:levels]}
+    sizes = [image_size // 2**level for level in range(levels)]
+    return values | {"attention": (16,) if not image_size or 16 in sizes else (sizes[1],) if levels > 1 else ()}
+
+
+def resolve(config: DiffusionConfig) -> DiffusionConfig:
+    """The same configuration with every open value filled in: by backbone, data set and the other options.
+
+    Options that do not apply (kappa where nothing is scaled by it) stay unset; `image_size` and `patch_size` stay 0,
+    "as the data are" and "a sixteenth of that", for the user's own data. Raises: `ConfigError` as `check` does.
+    """
+    own_data = config.data is not None and config.dataset == "digits"  # under no known name
+    info = None if own_data else CATALOGUE.get(config.dataset)
+    image_size = config.image_size or (info.image_size if info else 0)
+    conditional = bool(info and info.num_classes) if config.class_conditional is None else config.class_conditional
+    chosen = {
+        "image_size": image_size,
+        "horizontal_flip": bool(info and info.channels == 3),
+        "class_conditional": conditional,
+        "ddim_eta": 0.0 if config.sampler == "ddim" else None,
+        "label_dropout": 0.1 if conditional else 0.0,
+        "guidance": (1.0 if config.label_dropout == 0 else 1.5) if conditional else None,
+        "kappa": 0.7 if config.skip_scaling in TAKES_KAPPA else None,
+        "kappa_indexing": "per-level" if config.backbone == "unet" and config.skip_scaling == "cs" else None,
+        **_network_values(config, image_size),
+    }
+    if not conditional:
+        chosen["eval_samples"] = 0
+    if config.steps:
+        chosen["warmup_steps"] = min(chosen["warmup_steps"], config.steps // 10)
+    if config.ema_decay == 0:
+        chosen["ema_ramp"] = False
+    return replace(config, **{name: value for name, value in chosen.items() if is_open(config, name)})
+
+
+def is_open(config: DiffusionConfig, name: str) -> bool:
+    """Whether an option was left to `resolve`: None, or the 0 or () that is its default and means "choose"."""
+    value = getattr(config, name)
+    default = fields_of(type(config))[name].default
+    return value is None or (value == default and default in (0, ()))
+
+
+Value = TypeVar("Value")
+
+
+def filled(value: Value | None) -> Value:
+    """An option's value after `resolve`. Raises: `ValueError` for a configuration that was not resolved."""
+    if value is None:
+        raise ValueError("the configuration has open values: call resolve(config) first")
+    return value

@@ -1,0 +1,72 @@
+"""The diffusion family as the command line sees it. Imports no JAX until one of its functions is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stabletrain.diffusion.config import SAMPLER_NAMES, DiffusionConfig, resolve
+from stabletrain.training.config import option
+from stabletrain.training.experiment import EvaluationContext, Family, Shorthand
+
+if TYPE_CHECKING:
+    from stabletrain.diffusion.experiment import DiffusionExperiment, DiffusionState
+
+PANEL = "Sampling"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How `stabletrain sample` makes images. What is not given is as the run was configured."""
+
+    num: int = option(100, "Number of images.", panel=PANEL, minimum=1)
+    label: str | None = option(None, "Class to make, by name or number; without it every class in turn.", panel=PANEL)
+    sampler: str | None = option(None, "Sampler.", panel=PANEL, choices=SAMPLER_NAMES)
+    sampling_steps: int = option(0, "Network evaluations per image; 0: as the run.", panel=PANEL, minimum=0)
+    guidance: float | None = option(
+        None, "Guidance strength: 1 is the labelled network alone, 0 the unlabelled one.", panel=PANEL, minimum=0.0
+    )
+    weights: str | None = option(
+        None, "Which weights: their moving average or the last ones.", panel=PANEL, choices=("ema", "raw")
+    )
+    seed: int = option(0, "Seed of the images.", panel=PANEL, minimum=0)
+    skip_multipliers: tuple[float, ...] = option(
+        (), "Multiply each skip connection, outermost first; one number stands for all.", panel=PANEL
+    )
+
+
+def build(config: DiffusionConfig, *, mesh: Any, data_spec: Any = None) -> DiffusionExperiment:
+    """The experiment; with `data_spec` (a `DataSpec` or its dictionary) no data set is loaded."""
+    from stabletrain.data.spec import DataSpec
+    from stabletrain.diffusion.experiment import DiffusionExperiment
+
+    if isinstance(data_spec, Mapping):
+        data_spec = DataSpec.from_dict(data_spec)
+    return DiffusionExperiment(config, mesh=mesh, data_spec=data_spec)
+
+
+def sample(
+    experiment: DiffusionExperiment, state: DiffusionState, options: SampleOptions, context: EvaluationContext
+) -> dict[str, bytes]:
+    """Images of a trained model by relative path: a grid, one PNG each, and all of them as `samples.npz`.
+
+    Raises: `ConfigError` for an option that this model cannot follow.
+    """
+    from stabletrain.diffusion.sampling import sample_files
+
+    return sample_files(experiment, state, options, context)
+
+
+FAMILY = Family(
+    name="diffusion",
+    help="Train a diffusion model; ScaleLong's scaling of long skip connections keeps it stable.",
+    config=DiffusionConfig,
+    build=build,
+    resolve=resolve,
+    shorthands={
+        "scalelong": Shorthand("ScaleLong: scale the skips by kappa^i (--skip-scaling cs).", {"skip_scaling": "cs"})
+    },
+    sample=sample,
+    sample_options=SampleOptions,
+)
