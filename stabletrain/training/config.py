@@ -36,14 +36,14 @@ def option(
     `panel` is the heading it stands under in `--help`. A field with `identity=False` does not make another run
     of the same experiment (number of devices, how often to save): it is not hashed and may change on resume.
     """
-    metadata = dict(
-        help=help,
-        panel=panel,
-        choices=tuple(choices) if choices else None,
-        minimum=minimum,
-        maximum=maximum,
-        identity=identity,
-    )
+    metadata = {
+        "help": help,
+        "panel": panel,
+        "choices": tuple(choices) if choices else None,
+        "minimum": minimum,
+        "maximum": maximum,
+        "identity": identity,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -121,7 +121,7 @@ class TrainConfig:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Refuse combinations of values that make no sense. Overridden by families; single values are checked before."""
+        """Refuse combinations of values that make no sense; single values are checked before. Families override it."""
 
 
 Config = typing.TypeVar("Config", bound=TrainConfig)
@@ -138,8 +138,18 @@ def make_config(config_class: type[Config], values: Mapping[str, Any], *, source
     Raises: `ConfigError` for an unknown key, a value of the wrong type or outside its choices or range, naming the
     nearest valid one; and whatever the family's own `check` refuses. `source` (a file's name) goes into the message.
     """
-    fields = fields_of(config_class)
-    types_by_name = typing.get_type_hints(config_class)
+    config = config_class(**checked_values(config_class, values, source=source))
+    config.check()
+    return config
+
+
+def checked_values(options: type, values: Mapping[str, Any], *, source: str = "") -> dict[str, Any]:
+    """Values by field name, each of the type of its field. `options` is any dataclass of `option(...)` fields.
+
+    Raises: `ConfigError` as `make_config` does, except for combinations of values.
+    """
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    types_by_name = typing.get_type_hints(options)
     where = f" in {source}" if source else ""
     checked: dict[str, Any] = {}
     for name, value in values.items():
@@ -147,9 +157,7 @@ def make_config(config_class: type[Config], values: Mapping[str, Any], *, source
         if key not in fields:
             raise ConfigError(f"unknown option {name!r}{where}: {nearest(key, fields)}")
         checked[key] = _checked_value(key, value, types_by_name[key], fields[key].metadata, where)
-    config = config_class(**checked)
-    config.check()
-    return config
+    return checked
 
 
 def _checked_value(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any], where: str) -> Any:
