@@ -1,7 +1,8 @@
 """What the stability monitor costs: a training step with it against the same step without it.
 
-Both programs are compiled by `compile_step` in one process and run in short turns, so that whatever else the machine does
-falls on both. The result is the median over turns of (time with) / (time without) - 1. Run it on an idle machine:
+Both programs are compiled by `compile_step` in one process and run in short turns, so that whatever else the machine
+does falls on both. The cost is the median over turns of (time with) / (time without) - 1; half of the turns lie between
+the quartiles. It is measured on the devices that a run would take, and on one. Run it on an idle machine:
 
     python benchmarks/monitor_cost.py [--turns 40] [--devices N] [--out FILE.json]
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from stabletrain.training.devices import compile_step, configure_backend, cpu_cores, make_mesh, replicated
+from stabletrain.training.devices import compile_step, configure_backend, cpu_cores, cpu_model, make_mesh, replicated
 
 BATCH_SIZE = 64
 RESULT = Path(__file__).parent / "results" / "monitor_cost.json"
@@ -40,7 +41,9 @@ def networks() -> dict[str, tuple[Any, tuple[int, ...]]]:
         def __call__(self, x: jax.Array) -> jax.Array:
             def block(x: jax.Array, features: int, name: str) -> jax.Array:
                 for i in range(2):
-                    x = nn.silu(nn.GroupNorm(8, name=f"{name}_norm_{i}")(nn.Conv(features, (3, 3), name=f"{name}_{i}")(x)))
+                    x = nn.silu(
+                        nn.GroupNorm(8, name=f"{name}_norm_{i}")(nn.Conv(features, (3, 3), name=f"{name}_{i}")(x))
+                    )
                 return x
 
             outer = block(x, self.width, "down_0")
@@ -106,7 +109,9 @@ class Denoising:
         loss, gradients = jax.value_and_grad(loss_of)(state["params"])
         if not self.watched:
             updates, optimizer = self.optimizer.update(gradients, state["optimizer"], state["params"])
-            return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer}, {"train/loss": loss}
+            return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer}, {
+                "train/loss": loss
+            }
         update = guarded_update(
             self.optimizer,
             loss=loss,
@@ -159,16 +164,6 @@ def measure(network: Any, shape: tuple[int, ...], mesh: Any, turns: int, seconds
     }
 
 
-def cpu_model() -> str:
-    """The name of the processor, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=40)
@@ -184,17 +179,21 @@ def main() -> None:
     import jaxlib
     import optax
 
-    mesh = make_mesh(arguments.devices, BATCH_SIZE)
-    results = {
-        name: measure(network, shape, mesh, arguments.turns, arguments.seconds_per_turn)
+    meshes = {mesh.size: mesh for mesh in (make_mesh(arguments.devices, BATCH_SIZE), make_mesh(1, BATCH_SIZE))}
+    results = [
+        {
+            "network": name,
+            "devices": count,
+            **measure(network, shape, mesh, arguments.turns, arguments.seconds_per_turn),
+        }
         for name, (network, shape) in networks().items()
         if arguments.only in (None, name)
-    }
+        for count, mesh in meshes.items()
+    ]
     document = {
         "benchmark": "monitor_cost",
         "batch_size": BATCH_SIZE,
         "results": results,
-        "devices": mesh.size,
         "platform": jax.devices()[0].platform,
         "device_kind": jax.devices()[0].device_kind,
         "cpu_model": cpu_model(),
