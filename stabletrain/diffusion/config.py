@@ -67,7 +67,9 @@ class DiffusionConfig(TrainConfig):
     )
     dropout: float | None = option(None, "unet: dropout rate.", panel=NETWORK, minimum=0.0, maximum=0.95)
     class_conditional: bool | None = option(
-        None, "Teach the labels to the network; chosen by data set (yes where a named one has labels).", panel=NETWORK
+        None,
+        "Teach the labels to the network; by default where a named data set has some, but not to the mlp.",
+        panel=NETWORK,
     )
     label_dropout: float | None = option(
         None, "Share of labels hidden in training, for guidance.", panel=NETWORK, minimum=0.0, maximum=1.0
@@ -304,7 +306,9 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
     own_data = config.data is not None and config.dataset == "digits"  # under no known name
     info = None if own_data else CATALOGUE.get(config.dataset)
     image_size = config.image_size or (info.image_size if info else 0)
-    conditional = bool(info and info.num_classes) if config.class_conditional is None else config.class_conditional
+    conditional = config.class_conditional
+    if conditional is None:  # the network of the theorems knows no labels
+        conditional = bool(info and info.num_classes) and config.backbone != "mlp"
     chosen = {
         "image_size": image_size,
         "horizontal_flip": bool(info and info.channels == 3),

@@ -1,0 +1,172 @@
+"""Options of the diffusion family: what is chosen, what is refused and why, and that no JAX is needed for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from stabletrain.diffusion.backbones import BACKBONES
+from stabletrain.diffusion.config import (
+    BACKBONE_NAMES,
+    ONLY_FOR,
+    PROCESS_NAMES,
+    SAMPLER_NAMES,
+    SKIP_SCALING_NAMES,
+    TAKES_KAPPA,
+    DiffusionConfig,
+    resolve,
+)
+from stabletrain.diffusion.family import FAMILY
+from stabletrain.diffusion.processes import PROCESSES
+from stabletrain.diffusion.samplers import SAMPLERS
+from stabletrain.diffusion.skips import SKIP_SCALINGS, USES_KAPPA
+from stabletrain.errors import ConfigError
+from stabletrain.training.config import config_hash, fields_of, make_config, run_name, to_dict
+
+
+def configured(**values) -> DiffusionConfig:
+    return make_config(DiffusionConfig, values)
+
+
+def test_choices_are_those_of_the_code():
+    """The names are written out in the configuration, which must not import JAX; here both lists meet."""
+    assert set(BACKBONE_NAMES) == set(BACKBONES)
+    assert set(SKIP_SCALING_NAMES) == set(SKIP_SCALINGS)
+    assert set(PROCESS_NAMES) == set(PROCESSES)
+    assert set(SAMPLER_NAMES) == set(SAMPLERS)
+    assert set(TAKES_KAPPA) == set(USES_KAPPA)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10", "celeba64", "imagenet64"])
+@pytest.mark.parametrize("backbone", BACKBONE_NAMES)
+@pytest.mark.parametrize("scaling", SKIP_SCALING_NAMES)
+def test_a_resolved_config_leaves_nothing_open_that_applies(dataset, backbone, scaling):
+    config = resolve(configured(dataset=dataset, backbone=backbone, skip_scaling=scaling))
+    values = to_dict(config)
+    for name in ("steps", "image_size", "width", "depth", "learning_rate"):
+        assert values[name] > 0, name
+    not_applicable = {name for name, backbones in ONLY_FOR.items() if backbone not in backbones} | {
+        "data", "best_metric", "kappa_indexing", *(() if scaling in TAKES_KAPPA else ("kappa",)),
+        *(() if config.class_conditional else ("guidance",)),
+    }  # fmt: skip
+    for name, value in values.items():
+        if name not in not_applicable:
+            assert value is not None, name
+    if backbone == "unet" and scaling == "cs":
+        assert config.kappa_indexing == "per-level"
+
+
+def test_resolving_twice_changes_nothing():
+    for config in (configured(), configured(backbone="mlp", skip_scaling="cs"), configured(dataset="celeba64")):
+        assert resolve(resolve(config)) == resolve(config)
+
+
+def test_explicit_values_win_over_chosen_ones():
+    values = {
+        "steps": 7, "width": 48, "heads": 3, "patch_size": 4, "learning_rate": 0.5, "warmup_steps": 0, "weight_decay": 0.0, "ema_decay": 0.0,
+        "label_dropout": 0.0, "guidance": 1.0, "eval_samples": 0, "horizontal_flip": False, "backbone": "uvit", "depth": 2,
+    }  # fmt: skip
+    config = resolve(configured(**values))
+    for name, value in values.items():
+        assert getattr(config, name) == value
+    assert config.ema_ramp is False, "without an average there is nothing to ramp"
+
+
+def test_the_paper_s_networks_are_chosen_for_the_paper_s_data():
+    uvit = resolve(configured(dataset="cifar10", backbone="uvit"))
+    assert (uvit.width, uvit.depth, uvit.heads, uvit.patch_size) == (512, 12, 8, 2)
+    assert (uvit.learning_rate, uvit.beta1, uvit.beta2, uvit.weight_decay) == (2e-4, 0.99, 0.999, 0.03)
+    assert resolve(configured(dataset="celeba64", backbone="uvit")).patch_size == 4
+    unet = resolve(configured(dataset="cifar10", backbone="unet"))
+    assert (unet.width, unet.channel_multipliers, unet.depth, unet.attention) == (128, (1, 2, 2, 2), 2, (16,))
+    assert (unet.dropout, unet.gradient_clip, unet.warmup_steps) == (0.1, 1.0, 5000)
+
+
+def test_a_short_run_warms_up_for_a_tenth_of_it():
+    assert resolve(configured(steps=50)).warmup_steps == 5
+    assert resolve(configured(steps=50, warmup_steps=40)).warmup_steps == 40
+
+
+def test_labels_and_flips_follow_the_data():
+    assert resolve(configured()).class_conditional
+    assert not resolve(configured()).horizontal_flip
+    assert resolve(configured(dataset="cifar10")).horizontal_flip
+    celeba = resolve(configured(dataset="celeba64"))
+    assert (celeba.class_conditional, celeba.guidance, celeba.label_dropout, celeba.eval_samples) == (False, None, 0, 0)
+    own = resolve(configured(data="mine.npz"))
+    assert (own.class_conditional, own.image_size, own.patch_size) == (False, 0, 0)
+    assert resolve(configured(data="cifar.npz", dataset="cifar10")).image_size == 32
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"skip_scaling": "cs", "kappa": 1.5}, "at most 1"),
+        ({"skip_scaling": "cs", "kappa": 0.0}, "above 0"),
+        ({"skip_scaling": "sqrt2", "kappa": 0.5}, "--kappa does nothing with --skip-scaling sqrt2"),
+        ({"kappa": 0.5}, "--kappa does nothing with --skip-scaling none"),
+        ({"backbone": "unet", "skip_scaling": "const", "kappa_indexing": "per-skip"}, "--kappa-indexing does nothing"),
+        ({"backbone": "uvit", "skip_scaling": "cs", "kappa_indexing": "per-level"}, "belongs to unet"),
+        ({"backbone": "mlp", "patch_size": 2}, "--patch-size does nothing with --backbone mlp"),
+        ({"backbone": "uvit", "attention": (8,)}, "--attention does nothing with --backbone uvit"),
+        ({"backbone": "uvit", "dropout": 0.1}, "--dropout does nothing"),
+        ({"backbone": "uvit", "depth": 5}, "odd"),
+        ({"backbone": "uvit", "image_size": 8, "patch_size": 3}, "patch size 3 does not divide the image size 8"),
+        ({"backbone": "uvit", "width": 50, "heads": 4}, "not divisible by 4 attention heads"),
+        ({"backbone": "unet", "image_size": 10, "channel_multipliers": (1, 2, 2)}, "not divisible by 4"),
+        ({"backbone": "unet", "image_size": 8, "channel_multipliers": (1, 2), "attention": (16,)}, "sizes are 8, 4"),
+        ({"class_conditional": False, "guidance": 2.0}, "--guidance does nothing"),
+        ({"class_conditional": False, "label_dropout": 0.1}, "--label-dropout does nothing"),
+        ({"class_conditional": False, "eval_samples": 10}, "--eval-samples asks"),
+        ({"label_dropout": 0.0, "guidance": 2.0}, "raise --label-dropout"),
+        ({"sampler": "euler-maruyama", "process": "ddpm-linear"}, "use vp-sde"),
+        ({"process": "ddpm-cosine", "sampling_steps": 1001}, "1000 levels"),
+        ({"sampler": "ddpm", "ddim_eta": 0.5}, "--ddim-eta does nothing"),
+        ({"horizontal_flip": True}, "mirrored character"),
+        ({"ema_decay": 0.0, "ema_ramp": True}, "--ema-ramp does nothing"),
+        ({"steps": 100, "warmup_steps": 100, "lr_decay": "linear"}, "leaves nothing"),
+        ({"backbone": "vit"}, "did you mean 'uvit'"),
+        ({"skip_scaling": "css"}, "did you mean 'cs'"),
+    ],
+)  # fmt: skip
+def test_senseless_combinations_are_refused_with_the_reason(values, reason):
+    with pytest.raises(ConfigError, match=reason):
+        configured(**values)
+
+
+def test_problems_that_show_only_after_resolving_are_refused_too():
+    with pytest.raises(ConfigError, match="patch size 3 does not divide the image size 32"):
+        resolve(configured(dataset="cifar10", backbone="uvit", patch_size=3))
+    with pytest.raises(ConfigError, match="--guidance does nothing"):
+        resolve(configured(dataset="celeba64", guidance=2.0))
+    with pytest.raises(ConfigError, match="not divisible by"):
+        resolve(configured(backbone="uvit", width=50))
+
+
+def test_scalelong_is_a_shorthand_for_constant_scaling():
+    assert FAMILY.shorthands["scalelong"].values == {"skip_scaling": "cs"}
+    assert resolve(configured(skip_scaling="cs")).kappa == 0.7
+
+
+def test_runs_are_named_after_the_scaling():
+    config = resolve(configured())
+    assert run_name(config, "diffusion").startswith("diffusion-unscaled-digits-")
+    scaled = resolve(configured(skip_scaling="cs"))
+    assert run_name(scaled, "diffusion").startswith("diffusion-cs-digits-")
+    assert config_hash(config, "diffusion") != config_hash(scaled, "diffusion")
+
+
+def test_every_option_has_a_panel_and_a_help_that_ends_a_sentence():
+    for name, field in fields_of(DiffusionConfig).items():
+        assert field.metadata["help"].endswith("."), name
+        assert field.metadata["panel"], name
+
+
+def test_family_and_config_import_no_jax():
+    code = (
+        "import sys; from stabletrain.diffusion.family import FAMILY; FAMILY.resolve(FAMILY.config());"
+        "sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
