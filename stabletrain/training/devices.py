@@ -62,12 +62,13 @@ def _cpuinfo() -> dict[str, str]:
 # --- before the first computation -----------------------------------------------------------------------------
 
 
-def configure_backend(devices: int, batch_size: int) -> None:
+def configure_backend(devices: int, batch_size: int, *, compile_cache: bool = True) -> None:
     """Virtual CPU devices, and the cache of compiled programs. To be called before the first JAX computation.
 
     `devices=0` takes one virtual device per core: the largest number, at most 8, that divides the batch (or what
     `JAX_NUM_CPU_DEVICES` says). Accelerators are not touched. Programs are kept in `JAX_COMPILATION_CACHE_DIR`, else
-    below `cache_home()`; if that cannot be written, a warning says so and the run goes on without.
+    below `cache_home()`; if that cannot be written, a warning says so and the run goes on without. With
+    `compile_cache=False` nothing is written anywhere.
 
     Raises: `ConfigError` when the batch does not divide, or when JAX already runs with fewer CPU devices.
     """
@@ -75,7 +76,8 @@ def configure_backend(devices: int, batch_size: int) -> None:
         raise ConfigError(_does_not_divide(batch_size, devices))
     if devices or "JAX_NUM_CPU_DEVICES" not in os.environ:
         _set_cpu_devices(devices or _automatic_devices(batch_size, cpu_cores()))
-    _set_compile_cache()
+    if compile_cache:
+        _set_compile_cache()
 
 
 def _automatic_devices(batch_size: int, available: int) -> int:
