@@ -28,7 +28,7 @@ next to nothing and a branch makes the host wait, they are measured at every ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -404,7 +404,13 @@ def guarded_update(
         "clipped": clipped,
         "held": held,
     }
-    monitor, flags = _remember(dataclasses.replace(monitor, norms=norms), observed, flags, policy)
+    monitor = dataclasses.replace(monitor, norms=norms)
+    monitor, stacked = _in_one_kernel(
+        lambda: _remember(monitor, observed, flags, policy),
+        (monitor, jnp.zeros((len(MONITOR_FLAGS),), bool)),
+        once=jnp.minimum(step, 1),
+    )
+    flags = {name: stacked[i] for i, name in enumerate(MONITOR_FLAGS)}
 
     group_norms = _group_norms(gradient_squares, names)
     update_norms = jnp.where(held_back, 0.0, norms[0])
@@ -478,8 +484,8 @@ def _select(condition: Array, chosen: Any, other: Any) -> Any:
 
 def _remember(
     monitor: MonitorState, observed: Array, flags: dict[str, Array], policy: Policy
-) -> tuple[MonitorState, dict[str, Array]]:
-    """The monitor after a step, and the flags with those that only now are known."""
+) -> tuple[MonitorState, Array]:
+    """The monitor after a step, and all of `MONITOR_FLAGS`, some of which are known only now."""
     measurable = jnp.all(jnp.isfinite(observed))
     accept = measurable & ~flags["spike"]
     steps = monitor.clock("steps") + 1
@@ -518,8 +524,18 @@ def _remember(
     )
     exhausted = monitor.count("interventions") > policy.max_interventions
     flags = {**flags, "rebaselined": rebaselined, "blowup": blowup, "exhausted": exhausted}
-    stacked = jnp.stack([flags[name] for name in MONITOR_FLAGS])
-    return monitor, {name: stacked[i] for i, name in enumerate(MONITOR_FLAGS)}
+    return monitor, jnp.stack([flags[name] for name in MONITOR_FLAGS])
+
+
+def _in_one_kernel(compute: Callable[[], Any], like: Any, *, once: Array) -> Any:
+    """`compute()`, which has the structure of `like`. `once` is a 1 that the compiler cannot know to be one.
+
+    XLA:CPU compiles a loop over small arrays into a single function; outside of a loop it launches each of the forty
+    operations on its own, which takes longer than a small network's whole step.
+    """
+    if jax.default_backend() != "cpu":
+        return compute()
+    return lax.fori_loop(0, once, lambda _, carry: compute(), like)
 
 
 def _push(window: Array, value: Array) -> Array:
