@@ -1,15 +1,13 @@
-"""Data sets that are arrays: the bundled digits, the user's .npz, the official CIFAR and idx archives."""
+"""Data sets that are arrays: the bundled digits and the user's .npz."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import pickle
+import os
+import shutil
 import struct
-import tarfile
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabletrain.data.sources import MEMORY_LIMIT
 from stabletrain.data.spec import Images, Labels
 from stabletrain.errors import DataError
+from stabletrain.paths import cache_home
+
+MOST_CLASSES = 100_000
+"""A label above this is taken for a mistake (an identifier, a regression target), not for a class."""
+
+HOLD_OUT = 10
+"""Without a test split every tenth image of each class is held out for testing."""
+
+NPZ_KEYS = ("train_x", "train_y", "test_x", "test_y", "x", "y", "names")
+NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class RawArrays:
 
 
 def digits() -> RawArrays:
-    """scikit-learn's 1,797 handwritten digits at 8x8. Levels 0..16 become 0..255; a fifth of each class is for testing.
+    """scikit-learn's 1,797 handwritten digits at 8x8. Levels 0..16 become 0..255; every fifth of each class is a test.
 
     Source: the test set of Alpaydin and Kaynak 1998, as shipped in scikit-learn.
     """
@@ -42,59 +51,12 @@ def digits() -> RawArrays:
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
-    test = _every(labels, 5)
+    test = every(labels, 5)
     return RawArrays(images[~test], labels[~test], images[test], labels[test], tuple("0123456789"))
 
 
-def as_images(array: NDArray, what: str) -> Images:
-    """uint8 [N, H, W, C] from [N, H, W] or [N, H, W, C]. Floats must lie in [0, 1] or in [-1, 1].
-
-    Raises: `DataError` for other shapes and types, for values outside, for non-finite values.
-    """
-    if array.ndim == 3:
-        array = array[..., None]
-    if array.ndim != 4 or array.shape[-1] not in (1, 3):
-        raise DataError(f"{what} has shape {array.shape}; expected [N, H, W], [N, H, W, 1] or [N, H, W, 3]")
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    if array.dtype.kind == "f" and array.size:
-        low, high = float(array.min()), float(array.max())
-        if not np.isfinite([low, high]).all():
-            raise DataError(f"{what} holds non-finite values")
-        if low >= 0 and high <= 1:
-            return np.rint(array * 255).astype(np.uint8)
-        if low >= -1 and high <= 1:
-            return np.rint((array + 1) * 127.5).astype(np.uint8)
-        raise DataError(
-            f"{what} holds numbers from {low:g} to {high:g}; expected uint8, or floats in [0, 1] or [-1, 1]"
-        )
-    if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
-        return array.astype(np.uint8)
-    raise DataError(f"{what} has type {array.dtype}; expected uint8, or floats in [0, 1] or [-1, 1]")
-
-
-def as_labels(array: NDArray, count: int, what: str) -> Labels:
-    """int32 [N] labels from 0. Raises: `DataError` for another count, fractions, or negative labels."""
-    array = np.asarray(array)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.shape != (count,):
-        raise DataError(f"{what} has shape {array.shape}, but there are {count} images")
-    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
-        raise DataError(f"{what} holds fractions; labels are whole numbers from 0")
-    if array.dtype.kind not in "iuf":
-        raise DataError(f"{what} has type {array.dtype}; labels are whole numbers from 0")
-    if array.size and array.min() < 0:
-        index = int(np.argmin(array))
-        raise DataError(f"{what} holds the label {array[index]} at index {index}; labels are whole numbers from 0")
-    return array.astype(np.int32)
-
-
-NPZ_KEYS = ("train_x", "train_y", "test_x", "test_y", "x", "y", "names")
-
-
-def _every(labels: NDArray, period: int) -> NDArray[np.bool_]:
-    """True for every `period`-th member of each class, in the order of the file."""
+def every(labels: NDArray, period: int) -> NDArray[np.bool_]:
+    """True for every `period`-th member of each class, in the order given."""
     place = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -102,168 +64,184 @@ def _every(labels: NDArray, period: int) -> NDArray[np.bool_]:
     return place % period == period - 1
 
 
-def _with_hold_out(arrays: dict[str, NDArray], path: Path) -> dict[str, NDArray]:
-    images = arrays["x"]
-    labels = as_labels(arrays["y"], len(images), f"y in {path}") if "y" in arrays else None
-    test = _every(np.zeros(len(images)) if labels is None else labels, 10)
-    split = {"train_x": images[~test], "test_x": images[test], **{k: arrays[k] for k in ("names",) if k in arrays}}
-    return split if labels is None else {**split, "train_y": labels[~test], "test_y": labels[test]}
+# --- checks of what a user's array holds ------------------------------------------------------------------------------
+
+
+def as_images(array: NDArray, what: str, *, signed: bool = False) -> Images:
+    """uint8 [N, H, W, C] from [N, H, W] or [N, H, W, C]; not copied when it is that already.
+
+    Integers must lie in 0..255. Floats must lie in [0, 1], or in [-1, 1] with `signed`: two ranges that a split alone
+    may not tell apart, so that `float_range` decides over all splits.
+
+    Raises: `DataError` for other shapes and types, values outside, non-finite values, and integers that are only 0
+    and 1 (which would be black).
+    """
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape[1:]:
+        hint = ""
+        if array.ndim == 4 and array.shape[1] in (1, 3):
+            hint = "; the channels come last: transpose(0, 2, 3, 1)"
+        elif array.ndim == 4 and array.shape[-1] == 4:
+            hint = "; leave the transparency out: [..., :3]"
+        raise DataError(f"{what} has shape {array.shape}; expected [N, H, W], [N, H, W, 1] or [N, H, W, 3]{hint}")
+    if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
+        raise DataError(f"{what} has type {array.dtype}; expected uint8, or floats in [0, 1] or [-1, 1]")
+    if not array.size:
+        return np.zeros(array.shape, np.uint8)
+    if array.dtype.kind == "f":
+        low = -1.0 if signed else 0.0
+        _check_floats(array, what, low)
+        return np.rint((array - low) * (255 / (1 - low))).astype(np.uint8)
+    least, most = int(array.min()), int(array.max())
+    if least < 0 or most > 255:
+        raise DataError(f"{what} holds integers from {least} to {most}; expected 0 to 255")
+    if most == 1:
+        raise DataError(f"{what} holds only the integers 0 and 1, of 255: multiply by 255, or save floats")
+    return np.ascontiguousarray(array, dtype=np.uint8)
+
+
+def _check_floats(array: NDArray, what: str, low: float) -> None:
+    least, most = float(array.min()), float(array.max())
+    if not np.isfinite([least, most]).all():
+        index = int(np.flatnonzero(~np.isfinite(array).all(axis=(1, 2, 3)))[0])
+        raise DataError(f"{what} holds a non-finite value in image {index}")
+    if least < low or most > 1:
+        raise DataError(
+            f"{what} holds numbers from {least:g} to {most:g}; expected uint8, or floats in [0, 1] or [-1, 1]"
+        )
+
+
+def float_range(*arrays: NDArray) -> bool:
+    """True when floats are to be read as [-1, 1]: when any split has a negative one."""
+    return any(array.dtype.kind == "f" and array.size and float(array.min()) < 0 for array in arrays)
+
+
+def as_labels(array: NDArray, count: int, what: str) -> Labels:
+    """int32 [N] labels from 0. Raises: `DataError` for another count, fractions, negative or absurdly large labels."""
+    array = np.asarray(array)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.shape != (count,):
+        raise DataError(f"{what} has shape {array.shape}, but there are {count} images")
+    if array.dtype.kind not in "iuf":
+        raise DataError(f"{what} has type {array.dtype}; labels are whole numbers from 0")
+    if array.dtype.kind == "f" and not (np.isfinite(array).all() and np.array_equal(array, np.rint(array))):
+        raise DataError(f"{what} holds fractions or non-finite values; labels are whole numbers from 0")
+    if array.size and (array.min() < 0 or array.max() >= MOST_CLASSES):
+        index = int(np.argmin(array) if array.min() < 0 else np.argmax(array))
+        raise DataError(
+            f"{what} holds the label {array[index]} at index {index}; labels are the numbers of classes, from 0"
+        )
+    return array.astype(np.int32)
+
+
+# --- .npz -------------------------------------------------------------------------------------------------------------
 
 
 def read_npz(path: Path) -> RawArrays:
     """The user's .npz: `train_x`, and where there are any `train_y`, `test_x`, `test_y`, `names` (class names).
 
-    Without splits: `x` and `y`, of which every tenth image (of each class) is held out for testing. Other keys are
-    ignored. Raises: `DataError` for a damaged file and for anything of the wrong shape or type.
+    Without splits: `x` and `y`. Without test images every tenth image (of each class) is held out for testing; give
+    an empty `test_x` to keep all for training. Other keys are ignored. Arrays of uint8 above `MEMORY_LIMIT` are
+    mapped, not read. Raises: `DataError` for a damaged file and for anything of the wrong shape or type.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
             keys = list(archive)
-            arrays = {key: archive[key] for key in NPZ_KEYS if key in keys}
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        arrays = {key: read_member(path, key) for key in NPZ_KEYS if key in keys}
+    except NPZ_ERRORS as error:
         raise DataError(f"{path} is not a readable .npz: {error}") from error
     if "x" in arrays and "train_x" not in arrays:
-        arrays = _with_hold_out(arrays, path)
+        arrays["train_x"] = arrays["x"]
+        if "y" in arrays:
+            arrays["train_y"] = arrays["y"]
     if "train_x" not in arrays:
         raise DataError(f"{path} has no train_x; it holds {', '.join(keys) or 'nothing'}")
-    train = as_images(arrays["train_x"], f"train_x in {path}")
-    test = as_images(arrays["test_x"], f"test_x in {path}") if "test_x" in arrays else train[:0]
+    signed = float_range(*(arrays[key] for key in ("train_x", "test_x") if key in arrays))
+    train = as_images(arrays["train_x"], f"train_x in {path}", signed=signed)
+    train_labels = as_labels(arrays["train_y"], len(train), f"train_y in {path}") if "train_y" in arrays else None
+    names = _class_names(arrays["names"], path) if "names" in arrays and train_labels is not None else ()
+    if "test_x" not in arrays:
+        if "test_y" in arrays:
+            raise DataError(f"{path} has test_y but no test_x")
+        held = every(np.zeros(len(train)) if train_labels is None else train_labels, HOLD_OUT)
+        if train_labels is None:
+            return RawArrays(train[~held], None, train[held], None)
+        return RawArrays(train[~held], train_labels[~held], train[held], train_labels[held], names)
+    test = as_images(arrays["test_x"], f"test_x in {path}", signed=signed)
     if test.shape[1:] != train.shape[1:]:
-        raise DataError(f"{path}: test_x has images of {test.shape[1:]}, train_x of {train.shape[1:]}")
-    names = tuple(str(name) for name in arrays["names"]) if "names" in arrays else ()
-    labels = {
-        split: as_labels(arrays[f"{split}_y"], len(images), f"{split}_y in {path}") if f"{split}_y" in arrays else None
-        for split, images in (("train", train), ("test", test))
-    }
-    return RawArrays(train, labels["train"], test, labels["test"], names)
+        raise DataError(f"{path}: test_x has images of shape {test.shape[1:]}, train_x of {train.shape[1:]}")
+    if ("test_y" in arrays) != (train_labels is not None) and len(test):
+        raise DataError(f"{path} has labels for one split only: it needs both train_y and test_y, or neither")
+    test_labels = as_labels(arrays["test_y"], len(test), f"test_y in {path}") if "test_y" in arrays else None
+    return RawArrays(train, train_labels, test, test_labels, names)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads the pickles of the CIFAR archives; refuses everything that is not plain data or a NumPy array."""
-
-    allowed = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.allowed:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise DataError(f"the archive asks for {module}.{name}, which a data file has no need of: refused")
+def _class_names(array: NDArray, path: Path) -> tuple[str, ...]:
+    if array.ndim != 1 or array.dtype.kind not in "US":
+        raise DataError(f"names in {path} has shape {array.shape} and type {array.dtype}; expected a text per class")
+    return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in array.tolist())
 
 
-def read_cifar(path: Path) -> RawArrays:
-    """cifar-10-python.tar.gz or cifar-100-python.tar.gz (fine labels), read in place.
+def read_member(path: Path, key: str) -> NDArray:
+    """One array of an .npz: read, or mapped when it is uint8 and larger than `MEMORY_LIMIT`.
 
-    Raises: `DataError` for a damaged or incomplete archive.
+    Raises: one of `NPZ_ERRORS` for a damaged file.
     """
-    train: list[Mapping[bytes, Any]] = []
-    test: list[Mapping[bytes, Any]] = []
-    names: tuple[str, ...] = ()
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = Path(member.name).name
-                stream = archive.extractfile(member) if member.isfile() else None
-                if stream is None or name.endswith((".html", ".txt")):
-                    continue
-                content = _ArraysOnly(io.BytesIO(stream.read()), encoding="bytes").load()
-                if name.endswith(".meta") or name == "meta":
-                    found = content.get(b"fine_label_names") or content.get(b"label_names") or []
-                    names = tuple(item.decode() for item in found)
-                elif name.startswith("data_batch") or name == "train":
-                    train.append({**content, b"file": name})
-                elif name in ("test_batch", "test"):
-                    test.append(content)
-    except (tarfile.TarError, OSError, EOFError, zlib.error, pickle.UnpicklingError, ValueError) as error:
-        raise DataError(f"{path} is not a complete CIFAR archive: {error}") from error
-    if not train or not test:
-        raise DataError(f"{path} holds no train and test batches: is it the Python version of the archive?")
-    train.sort(key=lambda batch: batch[b"file"])
-    train_images, train_labels = _cifar_batches(train)
-    test_images, test_labels = _cifar_batches(test)
-    return RawArrays(train_images, train_labels, test_images, test_labels, names)
+    with zipfile.ZipFile(path) as archive:
+        large = archive.getinfo(f"{key}.npy").file_size > MEMORY_LIMIT
+    if large:
+        return map_member(path, key)
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[key]
 
 
-def _cifar_batches(batches: list[Mapping[bytes, Any]]) -> tuple[Images, Labels]:
-    pixels = np.concatenate([np.asarray(batch[b"data"], np.uint8) for batch in batches])
-    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # channel-major rows -> [N, H, W, C]
-    labels = np.concatenate([batch.get(b"fine_labels", batch.get(b"labels")) for batch in batches])
-    return np.ascontiguousarray(images), as_labels(labels, len(images), "labels of the archive")
+def map_member(path: Path, key: str) -> NDArray:
+    """One array of an .npz, mapped: read from the disk where it is touched.
 
+    A compressed member is first unpacked into `<cache>/unpacked`, once for its content.
 
-def read_idx(path: Path) -> NDArray[np.uint8]:
-    """One idx file of unsigned bytes, gzipped or not. Source: the format note of LeCun's MNIST page.
-
-    Raises: `DataError` for a damaged file, or one that ends early.
+    Raises: `DataError` when the disk has no room for that, one of `NPZ_ERRORS` for a damaged file.
     """
-    try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        zeros, kind, dimensions = struct.unpack(">HBB", content[:4])
-        shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise DataError(f"{path} is not a readable idx file: {error}") from error
-    body = content[4 + 4 * dimensions :]
-    if zeros != 0 or kind != 8 or len(body) != int(np.prod(shape)):
-        raise DataError(f"{path} is not a complete idx file of bytes: {len(body)} bytes of data for shape {shape}")
-    return np.frombuffer(body, np.uint8).reshape(shape)
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{key}.npy")
+        if member.compress_type == zipfile.ZIP_STORED:
+            with archive.open(member) as stream:
+                shape, fortran, dtype = _npy_header(stream)
+                header = stream.tell()
+            return np.memmap(path, dtype, "r", _start_of(path, member) + header, shape, order="F" if fortran else "C")
+        target = cache_home() / "unpacked" / f"{path.stem}-{key}-{member.CRC:08x}-{member.file_size}.npy"
+        if not target.exists():
+            _unpack(archive, member, target)
+    return np.load(target, mmap_mode="r")
 
 
-def read_idx_folder(folder: Path, transpose: bool) -> RawArrays:
-    """The four idx files of an MNIST-like set, by their usual names, gzipped or not.
+def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(stream)
 
-    Raises: `DataError` naming the file that is missing.
-    """
 
-    def find(split: str, kind: str) -> Path:
-        spellings = ("train",) if split == "train" else ("t10k", "test")
-        for path in sorted(folder.iterdir()):
-            if kind in path.name and any(f"{s}-{kind}" in path.name for s in spellings) and "ubyte" in path.name:
-                return path
-        raise DataError(f"{folder} has no {spellings[0]}-{kind}-idx*-ubyte(.gz)")
+def _start_of(path: Path, member: zipfile.ZipInfo) -> int:
+    """Where a stored member's bytes begin: behind its local header, whose name and extra field vary in length."""
+    with path.open("rb") as file:
+        file.seek(member.header_offset)
+        name, extra = struct.unpack("<HH", file.read(30)[26:])
+    return member.header_offset + 30 + name + extra
 
-    parts = {}
-    for split in ("train", "test"):
-        images = read_idx(find(split, "images"))
-        if images.ndim != 3:
-            raise DataError(f"{find(split, 'images')} holds no images: its shape is {images.shape}")
-        if transpose:
-            images = images.transpose(0, 2, 1)
-        labels = read_idx(find(split, "labels"))
-        parts[split] = (
-            as_images(images, f"{split} images"),
-            as_labels(labels, len(images), f"{split} labels in {folder}"),
+
+def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(target.parent).free < member.file_size:
+        raise DataError(
+            f"{archive.filename} is compressed, and unpacking it takes {member.file_size / 2**30:.1f} GiB in "
+            f"{target.parent}, which has not that much room: set STABLETRAIN_HOME to a larger disk"
         )
-    return RawArrays(*parts["train"], *parts["test"])
-
-
-def read_downsampled_imagenet(folder: Path) -> RawArrays:
-    """`train_data_batch_1..10(.npz)` and `val_data(.npz)` of the downsampled ImageNet (Chrabaszcz et al. 2017).
-
-    Labels there count from 1. Raises: `DataError` for missing or damaged files.
-    """
-
-    def load(path: Path) -> tuple[Images, Labels]:
-        try:
-            with np.load(path, allow_pickle=False) as batch:
-                pixels, labels = batch["data"], batch["labels"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{path} is not a batch of the downsampled ImageNet: {error}") from error
-        size = round((pixels.shape[1] // 3) ** 0.5)
-        images = pixels.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)
-        return np.ascontiguousarray(images), as_labels(labels.astype(np.int64) - 1, len(images), f"labels in {path}")
-
-    batches = sorted(folder.glob("train_data_batch_*.npz"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
-    if not batches or not (folder / "val_data.npz").is_file():
-        raise DataError(f"{folder} needs train_data_batch_1.npz ... and val_data.npz")
-    train = [load(path) for path in batches]
-    images = np.concatenate([images for images, _ in train])
-    labels = np.concatenate([labels for _, labels in train])
-    return RawArrays(images, labels, *load(folder / "val_data.npz"))
+    handle, partial = tempfile.mkstemp(dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as out, archive.open(member) as stream:
+            shutil.copyfileobj(stream, out, 1 << 20)
+        Path(partial).replace(target)
+    finally:
+        Path(partial).unlink(missing_ok=True)

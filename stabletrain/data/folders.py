@@ -1,92 +1,21 @@
-"""Data sets that are files: an image folder or a zip of one (read in place), Tiny-ImageNet's and CUB's layouts."""
+"""Which pictures of a tree of files are for training and for testing, and their labels, by the tree's layout."""
 
 from __future__ import annotations
 
 import hashlib
-import zipfile
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path, PurePosixPath
-from threading import Lock
-from typing import Protocol
+from pathlib import PurePosixPath
 
+import numpy as np
+
+from stabletrain.data.arrays import HOLD_OUT, every
+from stabletrain.data.stores import Store
 from stabletrain.errors import DataError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-HOLD_OUT = 10
-"""Without a test folder, about one file in ten is held out for testing, chosen by the hash of its name."""
-
-
-class Store(Protocol):
-    """A tree of files: a folder, or the inside of a zip."""
-
-    @property
-    def place(self) -> Path:
-        """The folder or the archive."""
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Relative name (with forward slashes) -> size in bytes, of every file."""
-
-    def open_bytes(self, name: str) -> bytes:
-        """The content of a file. Raises: `DataError` when it cannot be read."""
-
-
-@dataclass(frozen=True)
-class FolderStore:
-    """A folder on disk."""
-
-    place: Path
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """Every file below the folder, hidden ones left out."""
-        files = (path for path in self.place.rglob("*") if path.is_file())
-        names = {path.relative_to(self.place).as_posix(): path.stat().st_size for path in files}
-        return {name: size for name, size in sorted(names.items()) if not _hidden(name)}
-
-    def open_bytes(self, name: str) -> bytes:
-        """Reads the file."""
-        try:
-            return (self.place / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {self.place / name}: {error.strerror}") from error
-
-
-class ZipStore:
-    """A zip archive, read in place. Reading is serialised: a zip file has one position."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        self._lock = Lock()
-        try:
-            self._archive = zipfile.ZipFile(place)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(f"{place} is not a readable zip archive: {error}") from error
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """Every file in the archive; a single enclosing folder is part of the names."""
-        entries = {entry.filename: entry.file_size for entry in self._archive.infolist() if not entry.is_dir()}
-        return {name: size for name, size in sorted(entries.items()) if not _hidden(name)}
-
-    def open_bytes(self, name: str) -> bytes:
-        """Reads and checks (CRC) the file."""
-        try:
-            with self._lock:
-                return self._archive.read(name)
-        except (KeyError, zipfile.BadZipFile, OSError, EOFError) as error:
-            raise DataError(f"cannot read {name} in {self.place}: {error}") from error
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
-
-
-def open_store(path: Path) -> Store:
-    """The folder or zip at `path`."""
-    return FolderStore(path) if path.is_dir() else ZipStore(path)
+TEST_FOLDERS = ("test", "val", "validation", "valid")
 
 
 @dataclass(frozen=True)
@@ -106,146 +35,187 @@ class FileLists:
     class_names: tuple[str, ...]
 
 
+# --- a folder of pictures ---------------------------------------------------------------------------------------------
+
+
 def image_lists(store: Store) -> FileLists:
     """The splits of a folder of images.
 
-    Layouts: `train/` beside `test/`, `val/` or `validation/`, or neither; below that a folder per class (sorted names
-    are labels 0, 1, ...), or images directly. Without a test folder, files whose name hashes to 0 modulo ten are held
-    out: the choice depends on nothing but the names.
+    Layouts: `train/` beside `test/`, `val/` or `validation/` (the first of them that is laid out like `train/`), or
+    neither; below that a folder per class (sorted names are labels 0, 1, ...), or images directly. Without a test
+    folder every tenth image of each class, in the order of a hash of its name, is held out for testing: the choice
+    depends on the names alone. A folder that encloses everything else is passed over.
 
     Raises: `DataError` when there are no images, when images lie both beside and inside class folders, or when the
-    two splits have different classes.
+    test split has classes that the train split has not.
     """
     images = [name for name in store.sizes if name.lower().endswith(IMAGE_ENDINGS)]
     if not images:
         raise DataError(f"{store.place} holds no images ({', '.join(IMAGE_ENDINGS[:4])}, ...)")
-    prefix = _shared_folder(images)
-    inside = {name: PurePosixPath(name).relative_to(prefix).parts for name in images}
-    tops = {parts[0] for parts in inside.values() if len(parts) > 1}
-    test_folder = next((name for name in ("test", "val", "validation") if name in tops), None)
-    if "train" in tops and test_folder:
-        splits = {
-            split: {name: parts[1:] for name, parts in inside.items() if parts[0] == folder}
-            for split, folder in (("train", "train"), ("test", test_folder))
-        }
-    else:
-        held = {name for name in images if _held_out("/".join(inside[name]))}
-        splits = {
-            "train": {name: parts for name, parts in inside.items() if name not in held},
-            "test": {name: parts for name, parts in inside.items() if name in held},
-        }
-    depths = {len(parts) > 1 for split in splits.values() for parts in split.values()}
-    if len(depths) > 1:
-        raise DataError(f"{store.place} has images both beside and inside class folders; use one or the other")
-    if not depths.pop():
-        return FileLists(FileList(tuple(splits["train"]), None), FileList(tuple(splits["test"]), None), ())
-    classes = sorted({parts[0] for parts in splits["train"].values()})
-    unknown = {parts[0] for parts in splits["test"].values()} - set(classes)
-    if unknown:
-        raise DataError(f"{store.place}: the test split has classes that are not in the train split: {sorted(unknown)}")
+    depth = len(shared_folder(images).parts)
+    inside = {name: PurePosixPath(name).parts[depth:] for name in images}
+    splits = _split_folders(inside)
+    labelled = {name: len(parts) > 1 for split in splits for name, parts in split.items()}
+    if len(set(labelled.values())) > 1:
+        odd = next(name for name, is_labelled in labelled.items() if not is_labelled)
+        raise DataError(f"{store.place} has images both inside class folders and beside them ({odd}): use one layout")
+    if not any(labelled.values()):
+        if len(splits) == 1:
+            splits = _hold_out(splits[0], dict.fromkeys(splits[0], 0))
+        return FileLists(FileList(tuple(splits[0]), None), FileList(tuple(splits[1]), None), ())
+    classes = sorted({parts[0] for parts in splits[0].values()})
     number = {name: index for index, name in enumerate(classes)}
-    lists = {
-        split: FileList(tuple(files), tuple(number[parts[0]] for parts in files.values()))
-        for split, files in splits.items()
-    }
-    return FileLists(lists["train"], lists["test"], tuple(classes))
+    unknown = sorted({parts[0] for split in splits[1:] for parts in split.values()} - set(classes))
+    if unknown:
+        raise DataError(f"{store.place} has the class {unknown[0]!r} in the test split but not in the train split")
+    labels = {name: number[parts[0]] for split in splits for name, parts in split.items()}
+    if len(splits) == 1:
+        splits = _hold_out(splits[0], labels)
+    lists = [FileList(tuple(split), tuple(labels[name] for name in split)) for split in splits]
+    return FileLists(lists[0], lists[1], tuple(classes))
 
 
-def _shared_folder(names: Sequence[str]) -> PurePosixPath:
-    """A single folder that encloses everything (as zips have), but never one that names a split or holds images."""
-    prefix = PurePosixPath()
-    while True:
-        depth = len(prefix.parts)
-        parts = [PurePosixPath(name).parts for name in names]
-        tops = {part[depth] for part in parts if len(part) > depth + 1}
-        direct = any(len(part) == depth + 1 for part in parts)
-        below = any(len(part) > depth + 2 for part in parts)
-        if direct or len(tops) != 1 or not below:
-            return prefix
-        prefix = prefix / tops.pop()
+Parts = Mapping[str, tuple[str, ...]]  # name of a file in the store -> its path inside its split
 
 
-def _held_out(name: str) -> bool:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HOLD_OUT == 0
+def _split_folders(inside: Parts) -> list[Parts]:
+    """Train and test where folders say so, else everything as one."""
+    by_top: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name, parts in inside.items():
+        by_top.setdefault(parts[0] if len(parts) > 1 else "", {})[name] = parts[1:]
+    if "train" not in by_top:
+        return [inside]
+
+    def is_flat(split: Parts) -> bool:
+        return all(len(parts) == 1 for parts in split.values())
+
+    candidates = [by_top[top] for top in TEST_FOLDERS if top in by_top]
+    alike = [split for split in candidates if is_flat(split) == is_flat(by_top["train"])]
+    if alike or candidates:
+        return [by_top["train"], (alike or candidates)[0]]
+    return [by_top["train"]] if len(by_top) == 1 else [inside]  # beside other folders "train" is a class
+
+
+def _hold_out(files: Parts, labels: Mapping[str, int]) -> list[Parts]:
+    order = sorted(files, key=lambda name: hashlib.sha256("/".join(files[name]).encode()).digest())
+    held = {name for name, is_held in zip(order, every(np.array([labels[n] for n in order]), HOLD_OUT)) if is_held}
+    return [
+        {name: parts for name, parts in files.items() if name not in held},
+        {name: parts for name, parts in files.items() if name in held},
+    ]
+
+
+def shared_folder(names: Sequence[str]) -> PurePosixPath:
+    """The deepest folder that encloses every file (as zips have one around everything)."""
+    parents = [PurePosixPath(name).parts[:-1] for name in names]
+    first, last = min(parents), max(parents)  # what these two share, all that lie between them share
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last))
+    return PurePosixPath(*(part for part, _ in same))
+
+
+# --- published layouts ------------------------------------------------------------------------------------------------
 
 
 def tiny_imagenet_lists(store: Store) -> FileLists:
     """Tiny-ImageNet as published: train/<wnid>/images, val/images, val/val_annotations.txt, wnids.txt, words.txt.
 
-    Raises: `DataError` when a list is missing.
+    The validation images are the test split (the published test images have no labels). Labels number the sorted
+    wnids. Raises: `DataError` when a list is missing or names what is not there.
     """
     root = _root_of(store, "wnids.txt")
-    wnids = sorted(store.open_bytes(f"{root}wnids.txt").decode().split())
-    number = {wnid: index for index, wnid in enumerate(wnids)}
+    number = {wnid: index for index, wnid in enumerate(sorted(_text(store, f"{root}wnids.txt").split()))}
     words = {}
     if f"{root}words.txt" in store.sizes:
-        lines = store.open_bytes(f"{root}words.txt").decode().splitlines()
+        lines = _text(store, f"{root}words.txt").splitlines()
         words = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    train = [name for name in store.sizes if name.startswith(f"{root}train/") and name.lower().endswith(".jpeg")]
-    annotations = store.open_bytes(f"{root}val/val_annotations.txt").decode().splitlines()
-    pairs = [line.split("\t")[:2] for line in annotations if line.strip()]
+    images = [name for name in store.sizes if name.lower().endswith(IMAGE_ENDINGS)]
+    folder = f"{root}train/"
+    train = {name: name.removeprefix(folder).split("/")[0] for name in images if name.startswith(folder)}
+    rows = [line.split("\t") for line in _text(store, f"{root}val/val_annotations.txt").splitlines() if line.strip()]
+    test = {f"{root}val/images/{row[0]}": row[1] if len(row) > 1 else "" for row in rows}
+    for name, wnid in [*train.items(), *test.items()]:
+        if wnid not in number:
+            raise DataError(f"{store.place}: {name} has the class {wnid!r}, which is not in wnids.txt")
+        if name not in store.sizes:
+            raise DataError(f"{store.place} lacks {name}, which val_annotations.txt names")
     return FileLists(
-        FileList(tuple(train), tuple(number[name.removeprefix(root).split("/")[1]] for name in train)),
-        FileList(tuple(f"{root}val/images/{name}" for name, _ in pairs), tuple(number[wnid] for _, wnid in pairs)),
-        tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids),
+        FileList(tuple(train), tuple(number[wnid] for wnid in train.values())),
+        FileList(tuple(test), tuple(number[wnid] for wnid in test.values())),
+        tuple(words.get(wnid, wnid).split(",")[0] for wnid in number),
     )
 
 
 def cub_lists(store: Store) -> FileLists:
     """CUB-200-2011 as published: images.txt, image_class_labels.txt, train_test_split.txt, classes.txt.
 
-    Raises: `DataError` when a list is missing.
+    Raises: `DataError` when a list is missing, damaged, or names what is not there.
     """
     root = _root_of(store, "train_test_split.txt")
+    tables = {}
+    for table in ("images", "image_class_labels", "train_test_split", "classes"):
+        lines = [line.split() for line in _text(store, f"{root}{table}.txt").splitlines() if line.strip()]
+        if any(len(line) != 2 for line in lines):
+            raise DataError(f"{store.place}: {table}.txt has a line without two entries")
+        tables[table] = dict(lines)
+    splits: dict[str, dict[str, int]] = {"1": {}, "0": {}}  # 1: training
+    for key, file in tables["images"].items():
+        name, flag = f"{root}images/{file}", tables["train_test_split"].get(key)
+        label = tables["image_class_labels"].get(key)
+        if flag not in splits or label not in tables["classes"] or name not in store.sizes:
+            raise DataError(f"{store.place}: image {key} ({file}) is missing, or has no split or no class in the lists")
+        splits[flag][name] = int(label) - 1
+    lists = [FileList(tuple(split), tuple(split.values())) for split in (splits["1"], splits["0"])]
+    names = sorted(tables["classes"].items(), key=lambda item: int(item[0]))
+    return FileLists(lists[0], lists[1], tuple(name.split(".", 1)[-1].replace("_", " ") for _, name in names))
 
-    def table(name: str) -> dict[str, str]:
-        lines = store.open_bytes(f"{root}{name}").decode().splitlines()
-        return dict(line.split(" ", 1) for line in lines if line.strip())
 
-    files, labels, train = table("images.txt"), table("image_class_labels.txt"), table("train_test_split.txt")
-    chosen = {
-        flag: [key for key in files if train[key].strip() == flag]
-        for flag in ("1", "0")  # 1: training
-    }
-    lists = {
-        flag: FileList(
-            tuple(f"{root}images/{files[key].strip()}" for key in keys), tuple(int(labels[key]) - 1 for key in keys)
-        )
-        for flag, keys in chosen.items()
-    }
-    return FileLists(lists["1"], lists["0"], tuple(name.strip() for name in table("classes.txt").values()))
-
-
-def celeba_lists(store: Store, partition: Path | None) -> FileLists:
-    """CelebA's aligned images, split by list_eval_partition.txt (in the archive or beside it).
+def celeba_lists(store: Store) -> FileLists:
+    """CelebA's aligned images, split by list_eval_partition.txt (among the images, or beside their archive).
 
     Images 0 are for training, 2 for testing, as the papers do. Raises: `DataError` when the list is missing.
     """
-    listed = next((name for name in store.sizes if name.endswith("list_eval_partition.txt")), None)
+    listed = next((name for name in store.sizes if PurePosixPath(name).name == CELEBA_MARKER), None)
+    beside = store.place.parent / CELEBA_MARKER
     if listed:
-        text = store.open_bytes(listed).decode()
-    elif partition is not None and partition.is_file():
-        text = partition.read_text()
+        text = _text(store, listed)
+    elif beside.is_file():
+        text = beside.read_text()
     else:
-        raise DataError(
-            f"{store.place} needs list_eval_partition.txt beside it (CelebA's train, validation, test split)"
-        )
-    split_of = dict(line.split()[:2] for line in text.splitlines() if line.strip())
+        raise DataError(f"{store.place} needs {CELEBA_MARKER} beside it (CelebA's train, validation and test split)")
+    split_of = dict(line.split()[:2] for line in text.splitlines() if len(line.split()) > 1)
     images = [name for name in store.sizes if name.lower().endswith(IMAGE_ENDINGS)]
-    chosen = {
-        flag: tuple(name for name in images if split_of.get(PurePosixPath(name).name) == flag) for flag in ("0", "2")
-    }
-    if not chosen["0"]:
-        raise DataError(f"{store.place} holds no training image of list_eval_partition.txt")
-    return FileLists(FileList(chosen["0"], None), FileList(chosen["2"], None), ())
+    train, test = (
+        tuple(name for name in images if split_of.get(PurePosixPath(name).name) == flag) for flag in ("0", "2")
+    )
+    if not train:
+        raise DataError(f"{store.place} holds no training image of {CELEBA_MARKER}")
+    return FileLists(FileList(train, None), FileList(test, None), ())
+
+
+CELEBA_MARKER = "list_eval_partition.txt"
+CELEBA_ARCHIVE = "img_align_celeba"
+
+
+def layout_of(store: Store) -> Callable[[Store], FileLists]:
+    """How the pictures in this store are laid out, by the lists that lie with them."""
+    names = {PurePosixPath(name).name for name in store.sizes if name.endswith(".txt")}
+    if {"wnids.txt", "val_annotations.txt"} <= names:
+        return tiny_imagenet_lists
+    if {"train_test_split.txt", "image_class_labels.txt"} <= names:
+        return cub_lists
+    if CELEBA_MARKER in names or store.place.stem == CELEBA_ARCHIVE:
+        return celeba_lists
+    return image_lists
+
+
+def _text(store: Store, name: str) -> str:
+    if name not in store.sizes:
+        raise DataError(f"{store.place} has no {name}: is it the published layout?")
+    try:
+        return store.open_bytes(name).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} in {store.place} is not text: {error}") from error
 
 
 def _root_of(store: Store, marker: str) -> str:
-    for name in store.sizes:
-        if PurePosixPath(name).name == marker:
-            return name.removesuffix(marker)
-    raise DataError(f"{store.place} has no {marker}: is it the published layout?")
-
-
-LAYOUTS: dict[str, Callable[[Store], FileLists]] = {"tiny-imagenet": tiny_imagenet_lists, "cub200": cub_lists}
-"""Named sets with a layout of their own; everything else is an image folder."""
+    return next(name.removesuffix(marker) for name in store.sizes if PurePosixPath(name).name == marker)

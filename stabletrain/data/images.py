@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MARGIN = 2
+FONT_SIZE = 12
+TEXT_HEIGHT = 15
+MOST_TEXT_WIDTH = 160
 
 
 def to_float(images: Any, dtype: Any = None) -> Any:
@@ -27,9 +30,14 @@ def to_uint8(images: Any) -> NDArray[np.uint8]:
 
 
 def encode_png(array: NDArray[np.uint8]) -> bytes:
-    """PNG bytes of [H, W], [H, W, 1] or [H, W, 3]; the same bytes for the same pixels."""
+    """PNG bytes of uint8 [H, W], [H, W, 1] or [H, W, 3]; the same bytes for the same pixels.
+
+    Raises: `ValueError` for another type or shape.
+    """
     from PIL import Image
 
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3)):
+        raise ValueError(f"no PNG of {array.dtype} {array.shape}: expected uint8 [H, W], [H, W, 1] or [H, W, 3]")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     stream = io.BytesIO()
@@ -40,6 +48,7 @@ def encode_png(array: NDArray[np.uint8]) -> bytes:
 def image_grid(
     images: NDArray[np.uint8],
     columns: int,
+    labels: Sequence[str] | None = None,
     *,
     row_labels: Sequence[str] | None = None,
     background: int = 255,
@@ -48,40 +57,50 @@ def image_grid(
     """Images [N, H, W, C] side by side, row by row, as [H', W', C] with a margin between them.
 
     Images smaller than `smallest` pixels are enlarged by a whole factor without smoothing, so that 8x8 digits can be
-    seen. `row_labels`: a short text at the left of each row.
+    seen. `labels`: a short text above each image; `row_labels`: one at the left of each row. Texts too wide for their
+    place are cut.
+
+    Raises: `ValueError` for no images, no columns, or another number of labels than of images or rows.
     """
     count, height, width, channels = images.shape
+    rows = -(-count // columns) if columns > 0 else 0
+    if not rows or len(labels or images) != count or len(row_labels or range(rows)) != rows:
+        raise ValueError(
+            f"no grid of {count} images in {columns} columns with {labels and len(labels)} labels and "
+            f"{row_labels and len(row_labels)} row labels"
+        )
     factor = max(1, -(-smallest // max(height, width)))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = height * factor, width * factor
-    rows = -(-count // columns)
-    left = _label_width(row_labels) if row_labels else 0
-    grid = np.full(
-        (rows * (height + MARGIN) + MARGIN, left + columns * (width + MARGIN) + MARGIN, channels), background, np.uint8
-    )
+    above = TEXT_HEIGHT if labels else 0
+    left = min(_text_width(row_labels), MOST_TEXT_WIDTH) + 2 * MARGIN if row_labels else 0
+    step_down, step_right = above + height + MARGIN, width + MARGIN
+    grid = np.full((rows * step_down + MARGIN, left + columns * step_right + MARGIN, channels), background, np.uint8)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        top, start = MARGIN + row * (height + MARGIN), left + MARGIN + column * (width + MARGIN)
+        top, start = MARGIN + row * step_down + above, left + MARGIN + column * step_right
         grid[top : top + height, start : start + width] = image
-    if row_labels:
-        _draw_labels(grid, row_labels, height, 255 - background)
+        if labels:
+            place = grid[top - above : top, start : start + width]
+            place[:] = _text(labels[index], place.shape[:2], background)[..., None]
+    for row, text in enumerate(row_labels or ()):
+        place = grid[row * step_down + MARGIN + above : (row + 1) * step_down, MARGIN : left - MARGIN]
+        place[:] = _text(text, place.shape[:2], background)[..., None]
     return grid
 
 
-def _label_width(labels: Sequence[str]) -> int:
+def _text_width(texts: Sequence[str]) -> int:
     from PIL import ImageFont
 
-    font = ImageFont.load_default(12)
-    return int(max(font.getlength(label) for label in labels)) + 3 * MARGIN
+    font = ImageFont.load_default(FONT_SIZE)
+    return int(np.ceil(max(font.getlength(text) for text in texts))) + 1
 
 
-def _draw_labels(grid: NDArray[np.uint8], labels: Sequence[str], height: int, ink: int) -> None:
+def _text(text: str, shape: tuple[int, int], background: int) -> NDArray[np.uint8]:
+    """A text in one line, in the middle of the height of [H, W], from the left."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(12)
-    picture = Image.fromarray(grid[..., 0])
-    draw = ImageDraw.Draw(picture)
-    for row, label in enumerate(labels):
-        draw.text((MARGIN, MARGIN + row * (height + MARGIN) + height // 2), label, fill=ink, font=font, anchor="lm")
-    left = _label_width(labels)
-    grid[:, :left] = np.asarray(picture)[:, :left, None]
+    picture = Image.new("L", (shape[1], shape[0]), background)
+    font = ImageFont.load_default(FONT_SIZE)
+    ImageDraw.Draw(picture).text((0, shape[0] // 2), text, fill=255 - background, font=font, anchor="lm")
+    return np.asarray(picture)

@@ -2,217 +2,334 @@
 
 from __future__ import annotations
 
-import io
-from dataclasses import replace
-from pathlib import Path
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from stabletrain.data import arrays, fingerprints, folders, tfds
-from stabletrain.data.catalogue import CATALOGUE, DatasetInfo
-from stabletrain.data.sources import ArraySource, Crop, EncodedSource, celeba_crop, centre_crop, convert
-from stabletrain.data.spec import Dataset, DataSpec, Labels, Split
-from stabletrain.errors import ConfigError, DataError, nearest
-from stabletrain.paths import cache_home
+from stabletrain.data import archives, arrays, fingerprints, folders, tfds
+from stabletrain.data.catalogue import DatasetInfo, list_datasets
+from stabletrain.data.crops import Crop, celeba_crop, centre_crop, is_grey, open_picture, transposed
+from stabletrain.data.locate import Place, locate, named, what_to_put
+from stabletrain.data.sources import ArraySource, EncodedSource, ResizedSource
+from stabletrain.data.spec import Dataset, DataSpec, Split
+from stabletrain.data.stores import FolderStore, Store, open_store
+from stabletrain.errors import ConfigError, DataError
 
-GREY_MODES = ("L", "1", "I;16", "I", "F")
+__all__ = ["Dataset", "list_datasets", "load_dataset"]
+
+TAKEN = "an .npz, an image folder, a zip of one, CIFAR's tar.gz, idx.gz files, or another published layout"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was read, before it is checked as a data set."""
+
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    fingerprint: str
 
 
 def load_dataset(name: str, *, data: str | None = None, image_size: int | None = None) -> Dataset:
     """The data set called `name`, or what `data` points to.
 
     With `data`, its content decides how it is read (.npz, folder, zip, official archive), and a known `name` lends its
-    class names and crop. Without: files of the official names below `<cache>/data/<name>`, a prepared TFDS directory,
-    preparing with TFDS. `image_size` crops and resizes every image (centre crop, bicubic).
+    class names and crop; `digits`, being the default, lends nothing. Without: files of the official names below
+    `<cache>/data/<name>`, a prepared TFDS directory, preparing with TFDS. `image_size` crops and resizes every image
+    (centre crop, bicubic); without it every image must be square and have the size that `name` stands for.
 
     Raises: `ConfigError` for an unknown name, `DataError` when the data are missing, damaged, or of a wrong size;
     without a network this takes about a second and says what to put where.
     """
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"image_size is {image_size}; expected a number of pixels")
     if data is not None:
-        path = Path(data).expanduser()
-        if not path.exists():
-            raise DataError(
-                f"no data at {path}: --data takes an .npz, an image folder, a zip of one, or an official archive"
-            )
-        return _from_path(path, CATALOGUE.get(name), path.stem if name == "digits" else name, image_size)
-    if name not in CATALOGUE:
-        raise ConfigError(f"unknown data set {name!r}: {nearest(name, CATALOGUE)}")
-    info = CATALOGUE[name]
-    if info.bundled:
-        return _from_arrays(name, arrays.digits(), info, image_size)
-    return _from_disk(info, image_size)
-
-
-def official_folder(info: DatasetInfo) -> Path:
-    """Where the official files of a named set are looked for."""
-    return cache_home() / "data" / info.name
-
-
-def _from_disk(info: DatasetInfo, image_size: int | None) -> Dataset:
-    folder = official_folder(info)
-    found = [folder / name for name in info.files if (folder / name).exists()]
-    if found:
-        several = len(info.files) > 2  # the four idx files are read together
-        return _from_path(folder if several else found[0], info, info.name, image_size)
-    prepared = tfds.prepared(info)
-    if prepared is None:
-        where = f"put {' + '.join(info.files[:4])} into {folder}, or name it with --data"
-        if info.tfds_name is None or not tfds.can_prepare():
-            extra = "" if info.tfds_name is None else ", or pip install 'stabletrain[tfds]' to prepare it with TFDS"
-            raise DataError(f"{info.name} is not on this machine: {where}{extra}")
-        if not tfds.online():
-            raise DataError(f"{info.name} is not on this machine and {tfds.PROBE_HOST[0]} does not answer: {where}")
-        prepared = tfds.prepare(info)
-    return _from_tfds(info, prepared, image_size)
-
-
-def _from_path(path: Path, info: DatasetInfo | None, name: str, image_size: int | None) -> Dataset:
-    if path.is_dir():
-        inside = {child.name for child in path.iterdir()}
-        if any("idx" in child and "ubyte" in child for child in inside):
-            return _from_arrays(
-                name, arrays.read_idx_folder(path, info is not None and info.transpose), info, image_size
-            )
-        if any(child.startswith("train_data_batch_") for child in inside):
-            return _from_arrays(name, arrays.read_downsampled_imagenet(path), info, image_size)
-    elif path.suffix == ".npz":
-        return _from_arrays(name, arrays.read_npz(path), info, image_size)
-    elif "idx" in path.name and "ubyte" in path.name:
-        raw = arrays.read_idx_folder(path.parent, info is not None and info.transpose)
-        return _from_arrays(name, raw, info, image_size)
-    elif path.name.endswith((".tar.gz", ".tgz", ".tar")):
-        if info is not None and info.name == "cub200":
-            raise DataError(f"unpack {path} first: a compressed tar cannot be read image by image")
-        return _from_arrays(name, arrays.read_cifar(path), info, image_size)
-    elif path.suffix != ".zip":
-        raise DataError(
-            f"{path} is no data set: expected an .npz, an image folder, a zip of one, a CIFAR .tar.gz or idx.gz"
-        )
-    return _from_files(name, folders.open_store(path), path, info, image_size)
-
-
-def _from_arrays(name: str, raw: arrays.RawArrays, info: DatasetInfo | None, image_size: int | None) -> Dataset:
-    if not len(raw.train_images):
-        raise DataError(f"{name} has no training images")
-    train, test = raw.train_images, raw.test_images
-    if image_size is not None and train.shape[1:3] != (image_size, image_size):
-        train, test = _resize(train, image_size), _resize(test, image_size)
-    if train.shape[1] != train.shape[2]:
-        raise DataError(
-            f"{name} has images of {train.shape[2]}x{train.shape[1]}; networks take square ones: give --image-size N"
-        )
-    class_names = raw.class_names or (info.class_names if info is not None else ())
-    fingerprint = fingerprints.of_arrays(
-        [("train", train), ("train labels", raw.train_labels), ("test", test), ("test labels", raw.test_labels)]
-    )
-    splits = Split(ArraySource(train), raw.train_labels), Split(ArraySource(test), raw.test_labels)
-    return _checked(name, *splits, class_names, fingerprint)
-
-
-def _resize(images: np.ndarray, size: int) -> np.ndarray:
-    crop = centre_crop(size)
-    resized = np.empty((len(images), size, size, images.shape[-1]), np.uint8)
-    for index, image in enumerate(images):
-        picture = crop(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
-        resized[index] = np.asarray(picture, np.uint8).reshape(size, size, -1)
-    return resized
-
-
-def _from_files(
-    name: str, store: folders.Store, path: Path, info: DatasetInfo | None, image_size: int | None
-) -> Dataset:
-    known = info.name if info is not None else ""
-    if known == "celeba64":
-        lists = folders.celeba_lists(store, path.parent / "list_eval_partition.txt")
-    else:
-        lists = folders.LAYOUTS.get(known, folders.image_lists)(store)
-    size = image_size or (info.image_size if info is not None and info.crop != "none" else None)
-    crop = _crop(info, size)
-    shape = _shape_of(store, lists.train.names[0], size)
-    sources = {
-        split: EncodedSource(files.names, store.open_bytes, shape, crop)
-        for split, files in (("train", lists.train), ("test", lists.test))
-    }
-    names = [*lists.train.names, *lists.test.names]
-    context = f"{known if crop is not None else 'as is'} {shape}"
-    fingerprint = fingerprints.of_files(names, [store.sizes[item] for item in names], store.open_bytes, context)
-    splits = {
-        split: Split(sources[split], None if files.labels is None else np.asarray(files.labels, np.int32))
-        for split, files in (("train", lists.train), ("test", lists.test))
-    }
-    return _checked(name, splits["train"], splits["test"], lists.class_names, fingerprint)
-
-
-def _crop(info: DatasetInfo | None, size: int | None) -> Crop | None:
-    if size is None:
-        return None
-    return celeba_crop(size) if info is not None and info.crop == "celeba" else centre_crop(size)
-
-
-def _shape_of(store: folders.Store, name: str, size: int | None) -> tuple[int, int, int]:
-    """The shape that every image has or is made to have, from the first one."""
+        return _from_user(name, Path(data).expanduser(), image_size)
+    info = named(name)
+    place = locate(info) or _prepared(info)
+    if place.path is None:
+        return _checked(name, info, _from_arrays(arrays.digits(), image_size), image_size)
+    if place.kind == "tfds":
+        return _checked(name, info, _from_tfds(info, place.path, image_size), image_size)
     try:
-        with Image.open(io.BytesIO(store.open_bytes(name))) as picture:
-            channels = 1 if picture.mode in GREY_MODES else 3
-            convert(picture, channels)
-            width, height = picture.size
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read the image {name} in {store.place}: {error}") from error
-    if size is not None:
-        return size, size, channels
-    if width != height:
-        raise DataError(f"the image {name} is {width}x{height}; networks take square ones: give --image-size N")
-    return height, width, channels
+        return _checked(name, info, _read(place.path, info, image_size), image_size)
+    except DataError as error:
+        raise DataError(f"{error} (expected in {place.path}: {info.wanted()})") from error
 
 
-def _from_tfds(info: DatasetInfo, folder: Path, image_size: int | None) -> Dataset:
-    records = tfds.read_prepared(info, folder)
-    size = image_size or (info.image_size if info.crop != "none" else None)
-    shape = (size or info.image_size, size or info.image_size, info.channels)
-    splits = []
-    for split in info.tfds_splits:
-        source = (
-            tfds.RecordSource(records[split], shape, _crop(info, size))
-            if split
-            else ArraySource(np.empty((0, *shape), np.uint8))
+def _from_user(name: str, path: Path, image_size: int | None) -> Dataset:
+    if not path.exists():
+        raise DataError(f"no data at {path}: --data takes {TAKEN}")
+    info = next((info for info in list_datasets() if info.name == name and not info.bundled), None)
+    own_name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name.removesuffix("".join(path.suffixes))) or "data"
+    return _checked(own_name if name == "digits" else name, info, _read(path, info, image_size), image_size)
+
+
+def _prepared(info: DatasetInfo) -> Place:
+    """The set prepared by TFDS just now. Raises: `DataError` saying what to put where, when that cannot be done."""
+    if info.tfds_name is None or not tfds.can_prepare():
+        raise DataError(f"{info.name} is not on this machine: {what_to_put(info)}")
+    if not tfds.online():
+        raise DataError(
+            f"{info.name} is not on this machine and {tfds.PROBE_HOST[0]} does not answer: {what_to_put(info)}"
         )
-        labels = None
-        if info.tfds_label and split:
-            labels = np.array([int(record[info.tfds_label]) for record in records[split]], np.int32)
-        splits.append(Split(source, labels))
-    fingerprint = fingerprints.of_arrays([("train labels", splits[0].labels), ("size", np.array(shape))])
-    return _checked(info.name, splits[0], splits[1], info.class_names, f"{folder.name}-{fingerprint}")
+    return Place("tfds", tfds.prepare(info))
 
 
-def _checked(name: str, train: Split, test: Split, class_names: tuple[str, ...], fingerprint: str) -> Dataset:
+# --- reading by content -----------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, info: DatasetInfo | None, image_size: int | None) -> Loaded:
+    """What lies at `path`, by its content."""
+    kind = _kind_of(path)
+    if kind == "npz":
+        return _from_arrays(arrays.read_npz(path), image_size)
+    if kind == "tar":
+        return _from_arrays(archives.read_cifar(archives.tar_members(path), path), image_size)
+    store = FolderStore(path.parent, recursive=False) if kind == "idx" else open_store(path)
+    names = {PurePosixPath(name).name for name in store.sizes}
+    if any(archives.IDX_NAME.fullmatch(name) for name in names):
+        wanted = "emnist-balanced-" if info is not None and info.name == "emnist" else ""
+        return _from_arrays(archives.read_idx(store, wanted), image_size)
+    if any(archives.IMAGENET_BATCH.fullmatch(name) for name in names):
+        return _from_batches(*archives.read_downsampled_imagenet(store), image_size)
+    if {"data_batch_1", "test_batch"} <= names or {"train", "test", "meta"} <= names:
+        return _from_arrays(archives.read_cifar(archives.store_members(store), path), image_size)
+    if path.is_dir() and len(store.sizes) == 1 and not names.pop().lower().endswith(folders.IMAGE_ENDINGS):
+        return _read(path / next(iter(store.sizes)), info, image_size)
+    return _from_pictures(store, info, image_size)
+
+
+def _kind_of(path: Path) -> str:
+    """npz, tar, idx or tree (a folder, or a zip of one). Raises: `DataError` for anything else."""
+    if path.is_dir():
+        return "tree"
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if head[:2] == b"PK":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.namelist()
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DataError(f"{path} is damaged or not complete: {error}") from error
+        return "npz" if members and all(member.endswith(".npy") for member in members) else "tree"
+    if head[:2] == b"\x1f\x8b":
+        try:
+            start = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, 8)
+        except zlib.error as error:
+            raise DataError(f"{path} is damaged: {error}") from error
+        return "idx" if start[:3] == b"\x00\x00\x08" else "tar"
+    if head[257:262] == b"ustar":
+        return "tar"
+    if head[:3] == b"\x00\x00\x08":
+        return "idx"
+    if head.startswith(b"\x93NUMPY"):
+        raise DataError(f"{path} is an array alone: save it with numpy.savez(path, train_x=..., train_y=...)")
+    raise DataError(f"{path} is {'no data set' if head else 'empty'}: expected {TAKEN}")
+
+
+def _from_arrays(raw: arrays.RawArrays, image_size: int | None) -> Loaded:
+    fingerprint = fingerprints.of_arrays(
+        [
+            ("train", raw.train_images),
+            ("train labels", raw.train_labels),
+            ("test", raw.test_images),
+            ("test labels", raw.test_labels),
+            ("resized to", None if image_size is None else np.array([image_size])),
+        ]
+    )
+    train = Split(ArraySource(raw.train_images), raw.train_labels)
+    test = Split(ArraySource(raw.test_images), raw.test_labels)
+    return Loaded(_resized(train, image_size), _resized(test, image_size), raw.class_names, fingerprint)
+
+
+def _from_batches(train: Split, test: Split, image_size: int | None) -> Loaded:
+    looked_at: list[tuple[str, np.ndarray | None]] = []
+    for name, split in (("train", train), ("test", test)):
+        looked_at.append((f"{name} sample", split.images.read(np.array(fingerprints.sample(len(split))))))
+        looked_at.append((f"{name} labels", split.labels))
+    looked_at.append(("resized to", None if image_size is None else np.array([image_size])))
+    fingerprint = fingerprints.of_arrays(looked_at)
+    return Loaded(_resized(train, image_size), _resized(test, image_size), (), fingerprint)
+
+
+def _resized(split: Split, image_size: int | None) -> Split:
+    if image_size is None or split.images.shape[:2] == (image_size, image_size):
+        return split
+    return replace(split, images=ResizedSource(split.images, centre_crop(image_size), image_size))
+
+
+# --- encoded pictures -------------------------------------------------------------------------------------------------
+
+
+def _from_pictures(store: Store, info: DatasetInfo | None, image_size: int | None) -> Loaded:
+    lists = folders.layout_of(store)(store)
+    if not lists.train.names:
+        raise DataError(f"{store.place} holds no training images")
+    names = [*lists.train.names, *lists.test.names]
+    open_bytes = _opener(store, names)
+    look = _look(info, image_size, names, store.place, open_bytes)
+    splits = []
+    for files in (lists.train, lists.test):
+        source = EncodedSource(
+            files.names, store.place, _opener(store, files.names), look.shape, look.crop,
+            refuse_colour=look.refuse_colour,
+        )  # fmt: skip
+        splits.append(Split(source, None if files.labels is None else np.asarray(files.labels, np.int32)))
+    depth = len(folders.shared_folder(names).parts)
+    relative = ["/".join(PurePosixPath(name).parts[depth:]) for name in names]
+    fingerprint = fingerprints.of_files(
+        relative, [store.sizes[name] for name in names], open_bytes,
+        f"{look.rule} {look.shape} {len(lists.train.names)} {lists.train.labels} {lists.test.labels}",
+    )  # fmt: skip
+    return Loaded(splits[0], splits[1], lists.class_names, fingerprint)
+
+
+def _opener(store: Store, names: Sequence[str]) -> Callable[[int], bytes]:
+    return lambda index: store.open_bytes(names[index])
+
+
+def _from_tfds(info: DatasetInfo, folder: Path, image_size: int | None) -> Loaded:
+    train, test = tfds.read_prepared(info, folder)
+    counts = [len(train.records), len(test.records)]
+
+    def open_bytes(index: int) -> bytes:
+        return train.image_bytes(index) if index < counts[0] else test.image_bytes(index - counts[0])
+
+    names = [f"example {index} ({split.name})" for split in (train, test) for index in range(len(split.records))]
+    look = _look(info, image_size, names, folder, open_bytes)
+    splits = []
+    for split, its_names in ((train, names[: counts[0]]), (test, names[counts[0] :])):
+        source = EncodedSource(its_names, folder, split.image_bytes, look.shape, look.crop)
+        splits.append(Split(source, split.labels))
+    looked_at: list[tuple[str, np.ndarray | None]] = [
+        (f"{info.tfds_name} {folder.name} {look.rule} {look.shape} {counts}", np.empty(0)),
+        ("train labels", train.labels),
+        ("test labels", test.labels),
+    ]
+    for index in fingerprints.sample(len(names)):
+        looked_at.append(("", np.frombuffer(open_bytes(index), np.uint8)))
+    return Loaded(splits[0], splits[1], info.class_names, fingerprints.of_arrays(looked_at))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a sample of the pictures says about all of them, and what is to be done with each."""
+
+    shape: tuple[int, int, int]
+    crop: Crop | None
+    rule: str
+    refuse_colour: bool
+
+
+def _look(
+    info: DatasetInfo | None,
+    image_size: int | None,
+    names: Sequence[str],
+    place: Path,
+    open_bytes: Callable[[int], bytes],
+) -> Look:
+    """Reads the headers of up to 256 pictures spread over the set.
+
+    Channels are those of the named set; otherwise one if all pictures looked at are greyscale, else three.
+    Raises: `DataError` for damaged ones, and when sizes differ or are not square while no crop is asked for.
+    """
+    sizes: dict[tuple[int, int], str] = {}
+    coloured = False
+    for index in fingerprints.sample(len(names)):
+        picture = open_picture(open_bytes(index), f"{names[index]} in {place}", header_only=True)
+        sizes.setdefault(picture.size, names[index])
+        coloured = coloured or not is_grey(picture)
+    channels = info.channels if info is not None else 3 if coloured else 1
+    size = image_size or (info.image_size if info is not None and info.crop != "none" else None)
+    crop, rule = _crop(info, size)
+    (width, height), first = next(iter(sizes.items()))
+    if size is None:
+        if len(sizes) > 1:
+            (other_width, other_height), other = list(sizes.items())[1]
+            raise DataError(
+                f"{place} has pictures of several sizes ({first} is {width}x{height}, {other} is "
+                f"{other_width}x{other_height}): give --image-size to crop and resize all of them"
+            )
+        if width != height:
+            raise DataError(
+                f"the pictures in {place} are {width}x{height}; networks take square ones: give --image-size to crop "
+                "and resize them"
+            )
+        size = height
+    return Look((size, size, channels), crop, rule, refuse_colour=info is None and channels == 1)
+
+
+def _crop(info: DatasetInfo | None, size: int | None) -> tuple[Crop | None, str]:
+    """What is done with each picture, and its name for the fingerprint."""
+    if size is None:
+        crop, rule = None, "as it is"
+    elif info is not None and info.crop == "celeba":
+        crop, rule = celeba_crop(size), "celeba crop"
+    else:
+        crop, rule = centre_crop(size), "centre crop"
+    if info is None or not info.transpose:
+        return crop, rule
+    return (transposed if crop is None else lambda picture: crop(transposed(picture))), f"transposed, {rule}"
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _checked(name: str, info: DatasetInfo | None, loaded: Loaded, image_size: int | None) -> Dataset:
     """The data set, after what can be said without decoding every image was checked."""
+    train, test = loaded.train, loaded.test
     if not len(train):
         raise DataError(f"{name} has no training images")
-    num_classes = 0
-    if train.labels is not None:
-        num_classes = max(int(train.labels.max()) + 1, len(class_names))
-        class_names = class_names or tuple(str(label) for label in range(num_classes))
-        for split, labels in (("train", train.labels), ("test", test.labels)):
-            _check_range(name, split, labels, len(class_names))
-    height, _, channels = train.images.shape
+    height, width, channels = train.images.shape
+    if height != width:
+        raise DataError(f"{name} has images of {width}x{height}; networks take square ones: crop with --image-size")
+    if info is not None and image_size is None and height != info.image_size:
+        raise DataError(
+            f"these images are {width}x{height}, but {name} has {info.image_size}x{info.image_size}: give --image-size "
+            f"{info.image_size} to resize them, or --image-size {height} to train at their own size"
+        )
+    class_names = _class_names(name, info, loaded) if train.labels is not None else ()
+    for split, labels in (("train", train.labels), ("test", test.labels)):
+        if labels is not None and labels.size and int(labels.max()) >= len(class_names):
+            index = int(labels.argmax())
+            raise DataError(
+                f"{name}: the {split} label at index {index} is {labels[index]}, but there are {len(class_names)} "
+                f"classes, 0 to {len(class_names) - 1}"
+            )
     spec = DataSpec(
         name=name,
         image_size=height,
         channels=channels,
-        num_classes=num_classes,
-        class_names=class_names if num_classes else (),
-        fingerprint=fingerprint,
+        num_classes=len(class_names),
+        class_names=class_names,
+        fingerprint=loaded.fingerprint,
         train_count=len(train),
         test_count=len(test),
     )
-    return Dataset(spec, train, test if len(test) else replace(test, labels=None))
+    return Dataset(spec, train, test)
 
 
-def _check_range(name: str, split: str, labels: Labels | None, num_classes: int) -> None:
-    if labels is not None and labels.size and int(labels.max()) >= num_classes:
-        index = int(labels.argmax())
+def _class_names(name: str, info: DatasetInfo | None, loaded: Loaded) -> tuple[str, ...]:
+    """The file's names of the classes, else the catalogue's, else the numbers of those that occur."""
+    if loaded.class_names:
+        return loaded.class_names
+    if info is not None and info.num_classes:
+        return info.class_names or tuple(str(label) for label in range(info.num_classes))
+    assert loaded.train.labels is not None
+    present = np.unique(loaded.train.labels)
+    absent = np.setdiff1d(np.arange(present[-1]), present)
+    if absent.size:
         raise DataError(
-            f"{name}: the {split} label at index {index} is {labels[index]}, but there are {num_classes} classes, "
-            f"0 to {num_classes - 1}"
+            f"{name} has no training image of class {absent[0]}, while labels go up to {present[-1]}: number the "
+            "classes from 0 without gaps, or name them all (the key names of an .npz)"
         )
+    return tuple(str(label) for label in present)

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
+import mmap
 import os
 import socket
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stabletrain.data.catalogue import DatasetInfo
-from stabletrain.data.spec import Images
+from stabletrain.data.spec import Labels
 from stabletrain.errors import DataError
+from stabletrain.paths import cache_home
 
 PROBE_HOST = ("storage.googleapis.com", 443)
 PROBE_SECONDS = 1.0
+
+REMEMBERED_LABELS = 100_000
+"""Labels of splits larger than this are kept in the cache: reading them again means reading the whole split."""
 
 
 def data_dir() -> Path:
@@ -25,74 +37,173 @@ def data_dir() -> Path:
 
 
 def prepared(info: DatasetInfo) -> Path | None:
-    """The newest prepared version of this set in array_record format, or None."""
+    """The newest prepared version of this set, or None."""
     if info.tfds_name is None:
         return None
-    name, _, config = info.tfds_name.partition("/")
-    versions = sorted((data_dir() / name / config).glob("*.*.*/dataset_info.json"))
-    return versions[-1].parent if versions else None
+    versions = [path.parent for path in (data_dir() / info.tfds_name).glob("*.*.*/dataset_info.json")]
+    return max(versions, key=_version, default=None)
 
 
-class RecordSource:
-    """Images of a prepared set, by index. `crop` makes each picture square and of the wanted size."""
+def _version(folder: Path) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdecimal() else -1 for part in folder.name.split("."))
 
-    def __init__(self, records: Any, shape: tuple[int, int, int], crop: Any) -> None:
-        self._records = records
-        self.shape = shape
-        self._crop = crop
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+class Records(Protocol):
+    """Serialised examples by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> bytes: ...
+
+
+class TfRecords:
+    """TFRecord files by index: each record is a length (8 bytes), its checksum (4), the data, and their checksum (4).
+
+    The places of the records are found by walking over the lengths once. Raises: `DataError` for a file that ends
+    within a record.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._maps: list[mmap.mmap] = []
+        places: list[tuple[int, int, int]] = []  # (file, start, length)
+        for number, path in enumerate(paths):
+            if not path.stat().st_size:
+                raise DataError(f"{path} is empty")
+            with path.open("rb") as file:
+                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            content, at = self._maps[number], 0
+            while at < len(content):
+                length = struct.unpack("<Q", content[at : at + 8])[0] if at + 12 <= len(content) else 1 << 62
+                if at + 16 + length > len(content):
+                    raise DataError(f"{path} is damaged: it ends within record {len(places)}")
+                places.append((number, at + 12, length))
+                at += 16 + length
+        self._places = np.array(places, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._places)
 
-    def decode(self, index: int) -> Images:
-        """One image [H, W, C]. Raises: `DataError` when its size is another."""
-        from PIL import Image
-
-        array = np.asarray(self._records[index]["image"], np.uint8)
-        if self._crop is not None:
-            picture = self._crop(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array))
-            array = np.asarray(picture, np.uint8).reshape(self.shape)
-        if array.shape != self.shape:
-            raise DataError(f"image {index} of the prepared set is {array.shape}, expected {self.shape}")
-        return array
-
-    def read(self, indices: np.ndarray) -> Images:
-        """The images at `indices`."""
-        return np.stack([self.decode(int(index)) for index in np.asarray(indices)])
-
-    def array(self) -> Images | None:
-        """All images, or None above the limit of memory."""
-        from stabletrain.data.sources import MEMORY_LIMIT
-
-        if len(self) * int(np.prod(self.shape)) > MEMORY_LIMIT:
-            return None
-        return self.read(np.arange(len(self)))
+    def __getitem__(self, index: int) -> bytes:
+        file, start, length = self._places[index].tolist()
+        return self._maps[file][start : start + length]
 
 
-def read_prepared(info: DatasetInfo, folder: Path) -> dict[str, Any]:
-    """Split name -> random-access records of a prepared set.
-
-    Raises: `DataError` when the set was prepared in a format that only TensorFlow reads, saying how to prepare it.
-    """
-    import tensorflow_datasets as tfds
-
+def _array_records(paths: Sequence[Path]) -> Records:
     try:
-        builder = tfds.builder_from_directory(folder)
-        return {split: builder.as_data_source(split=split) for split in info.tfds_splits if split}
-    except NotImplementedError as error:
-        raise DataError(
-            f"{folder} is not in array_record format, which is what can be read without TensorFlow; "
-            f"prepare it again: stabletrain data prepare {info.name}"
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} is not a readable prepared data set: {error}") from error
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+    except ImportError as error:
+        raise DataError(f"{paths[0].parent} needs the package array_record, which is not installed") from error
+    return ArrayRecordDataSource([str(path) for path in paths])
+
+
+FORMATS: dict[str, Callable[[Sequence[Path]], Records]] = {"tfrecord": TfRecords, "array_record": _array_records}
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """The examples of one prepared split: encoded images by index, and labels."""
+
+    folder: Path
+    name: str
+    records: Records
+    labels: Labels | None
+
+    def image_bytes(self, index: int) -> bytes:
+        """The encoded image of an example. Raises: `DataError` for an example without one."""
+        values = _features(self.records[index])["image"].bytes_list.value
+        if len(values) != 1:
+            raise DataError(f"example {index} of {self.folder} ({self.name}) has no image")
+        return values[0]
+
+
+def _features(record: bytes) -> Any:
+    try:
+        return _example_type().FromString(record).features.feature
+    except Exception as error:  # protobuf's own DecodeError; its class depends on the implementation in use
+        raise DataError(f"a prepared example is damaged: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _example_type() -> Any:
+    from tensorflow_datasets.proto.tf_example_pb2 import Example  # 1-2 s: only where there are records to read
+
+    return Example
+
+
+def read_prepared(info: DatasetInfo, folder: Path) -> tuple[PreparedSplit, PreparedSplit]:
+    """The train and test splits of a prepared set, in either of TFDS's usual formats.
+
+    Raises: `DataError` for another format, for missing shards, and when a shard does not hold what was prepared.
+    """
+    description = folder / "dataset_info.json"
+    try:
+        content = description.read_bytes()
+        stated = json.loads(content)
+        file_format = stated.get("fileFormat", "tfrecord")
+        lengths = {split["name"]: [int(n) for n in split["shardLengths"]] for split in stated["splits"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{description} is not the description of a prepared data set: {error}") from error
+    if file_format not in FORMATS:
+        raise DataError(f"{folder} is in the format {file_format!r}; {' and '.join(FORMATS)} can be read")
+    splits = []
+    for split in info.tfds_splits:
+        if split not in lengths:
+            raise DataError(f"{folder} has no split {split!r}; it has {', '.join(sorted(lengths)) or 'none'}")
+        shards = len(lengths[split])
+        stem = f"-{split}.{file_format}-"
+        paths = sorted(folder.glob(f"*{stem}*-of-{shards:05d}"))
+        if len(paths) != shards:
+            raise DataError(f"{folder} lacks {shards - len(paths)} of the {shards} shards of the split {split!r}")
+        records = FORMATS[file_format](paths)
+        if len(records) != sum(lengths[split]):
+            raise DataError(f"{folder}: {split!r} has {len(records)} examples; {sum(lengths[split])} were prepared")
+        labels = _labels(info, split, records, content) if info.tfds_label else None
+        splits.append(PreparedSplit(folder, split, records, labels))
+    return splits[0], splits[1]
+
+
+def _labels(info: DatasetInfo, split: str, records: Records, description: bytes) -> Labels:
+    """Every example's label; of large splits remembered under the hash of the set's description."""
+    from hashlib import sha256
+
+    kept = cache_home() / "labels" / f"{info.name}-{split}-{sha256(description).hexdigest()[:16]}.npy"
+    large = len(records) > REMEMBERED_LABELS
+    if large and kept.is_file():
+        return np.load(kept)
+    values: list[int] = []
+    for index in range(len(records)):
+        value = _features(records[index])[info.tfds_label].int64_list.value
+        if len(value) != 1:
+            raise DataError(f"example {index} of the prepared {info.name} ({split}) has no label {info.tfds_label!r}")
+        values.append(value[0])
+    labels: NDArray[np.int32] = np.array(values, np.int32)
+    if large:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}.npy")
+        np.save(partial, labels)
+        partial.replace(kept)
+    return labels
+
+
+# --- preparing --------------------------------------------------------------------------------------------------------
 
 
 def online() -> bool:
     """True when the data sets' host answers within a second. (TFDS itself would try for minutes.)"""
-    with contextlib.suppress(OSError), socket.create_connection(PROBE_HOST, timeout=PROBE_SECONDS):
-        return True
-    return False
+    answers: list[bool] = []
+
+    def probe() -> None:
+        with contextlib.suppress(OSError), socket.create_connection(PROBE_HOST, timeout=PROBE_SECONDS):
+            answers.append(True)
+
+    # In a thread, because looking up the host's name has no time limit of its own.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return bool(answers)
 
 
 def can_prepare() -> bool:
@@ -101,18 +212,21 @@ def can_prepare() -> bool:
 
 
 def prepare(info: DatasetInfo) -> Path:
-    """Downloads and prepares a set in array_record format; returns its folder.
+    """Downloads and prepares a set in array_record format below `data_dir()`; returns its folder.
 
-    Raises: `DataError` without a TFDS name, without TensorFlow, or without a network, within about a second.
+    Raises: `DataError` without TensorFlow, without a network (within about a second), and with TFDS's own reason when
+    it fails: some sets have files that must be fetched by hand.
     """
-    if info.tfds_name is None:
-        raise DataError(f"{info.name} cannot be prepared with TFDS; give its files with --data")
-    if not can_prepare():
+    if info.tfds_name is None or not can_prepare():
         raise DataError(f"preparing {info.name} needs TensorFlow: pip install 'stabletrain[tfds]'")
     if not online():
         raise DataError(f"cannot prepare {info.name}: {PROBE_HOST[0]} does not answer")
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(info.tfds_name, data_dir=data_dir(), file_format="array_record")
-    builder.download_and_prepare()
+    try:
+        builder = tfds.builder(info.tfds_name, data_dir=data_dir(), file_format="array_record")
+        builder.download_and_prepare()
+    except Exception as error:  # TFDS lets through whatever its downloads, parsers and TensorFlow raise
+        reason = " ".join(str(error).split())
+        raise DataError(f"TFDS could not prepare {info.tfds_name}: {reason or type(error).__name__}") from error
     return Path(builder.data_dir)
