@@ -287,11 +287,12 @@ def norms_by_group(tree: Params) -> dict[str, Array]:
 
 
 def masked_median(values: Array, count: Array) -> Array:
-    """Median along the last axis of the last `count` entries (at least one)."""
+    """Median along the last axis of the last `count` entries (at least one). `values` [..., W], `count` [...] or []."""
     size = values.shape[-1]
+    count = jnp.broadcast_to(count, values.shape[:-1])[..., None]
     ordered = jnp.sort(jnp.where(jnp.arange(size) >= size - count, values, jnp.inf), axis=-1)
-    middle = jnp.take(ordered, jnp.stack([(count - 1) // 2, count // 2]), axis=-1)
-    return jnp.mean(middle, axis=-1)
+    middle = jnp.concatenate([(count - 1) // 2, count // 2], axis=-1)  # (..., 2)
+    return jnp.mean(jnp.take_along_axis(ordered, middle, axis=-1), axis=-1)
 
 
 def level_and_scale(window: Array, count: Array) -> tuple[Array, Array]:
@@ -303,7 +304,7 @@ def level_and_scale(window: Array, count: Array) -> tuple[Array, Array]:
     size = window.shape[-1]
     half = size // 2
     rises = window[..., half : 2 * half] - window[..., :half]
-    slope = jnp.where(count >= size, jnp.median(rises, axis=-1) / half, 0.0)
+    slope = jnp.where(count >= size, masked_median(rises, jnp.asarray(half)) / half, 0.0)
     age = jnp.arange(size, dtype=window.dtype) - (size - 1)  # 0 for the newest
     flat = window - slope[..., None] * age
     level = masked_median(flat, count)
@@ -554,11 +555,11 @@ def _levels(window: Array, recent: Array, accepted: Array, nonfinite_steps: Arra
     start, best, best_scale = old[4], old[5], old[6]
     far = jnp.zeros((), bool)
     if policy.watch_blowup:
-        median = masked_median(window[0], count)
+        padded = jnp.pad(recent[0], (policy.window - policy.patience, 0))
+        median, now = masked_median(jnp.stack([window[0], padded]), jnp.stack([count, policy.patience]))
         start = jnp.where(jnp.isnan(start) & ready, median, start)
         better = ready & (median < best)
         best, best_scale = jnp.where(better, median, best), jnp.where(better, scale[0], best_scale)
-        now = jnp.median(recent[0])
         gained = start - best
         out_of_reach = now > best + LOST_FACTOR * jnp.abs(best)
         lost = (gained > LOST_SCALES * best_scale) & (now > best + LOST_SHARE * gained)
