@@ -32,7 +32,7 @@ class DiffusionConfig(TrainConfig):
     horizontal_flip: bool | None = option(None, "Mirror training images at random; chosen by data set.", panel="Data")
 
     backbone: str = option(
-        "uvit",
+        "unet",
         "Network: DDPM's UNet, U-ViT, or the MLP of ScaleLong's theorems.",
         panel=NETWORK,
         choices=BACKBONE_NAMES,
@@ -251,6 +251,7 @@ PAPER_UVIT: dict[str, Any] = {
 
 PAPER_UNET: dict[str, Any] = {
     "width": 128, "depth": 2, "channel_multipliers": (1, 2, 2, 2), "attention": (16,), "heads": 1, "dropout": 0.1,
+    "kappa_indexing": "per-level",
     "steps": 800_000, "learning_rate": 2e-4, "warmup_steps": 5000, "lr_decay": "constant", "beta1": 0.9, "beta2": 0.999,
     "weight_decay": 0.0, "gradient_clip": 1.0, "ema_decay": 0.9999, "ema_ramp": False, "eval_samples": 1000,
 }  # fmt: skip
@@ -262,9 +263,9 @@ SMALL_UVIT: dict[str, Any] = PAPER_UVIT | {
     "ema_decay": 0.995, "ema_ramp": True,
 }  # fmt: skip
 SMALL_UNET: dict[str, Any] = PAPER_UNET | {
-    "width": 32, "depth": 1, "channel_multipliers": (1, 2), "attention": (), "dropout": 0.0,
-    "steps": 3000, "learning_rate": 2e-3, "warmup_steps": 100, "lr_decay": "linear", "beta2": 0.99,
-    "ema_decay": 0.995, "ema_ramp": True,
+    "width": 24, "depth": 1, "channel_multipliers": (1, 2), "attention": (), "dropout": 0.0,
+    "kappa_indexing": "per-skip", "steps": 1200, "learning_rate": 3e-3, "warmup_steps": 100, "lr_decay": "linear",
+    "beta2": 0.99, "ema_decay": 0.995, "ema_ramp": True,
 }  # fmt: skip
 """Sized for two CPU cores and images of up to 16 pixels."""
 
@@ -317,9 +318,10 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
         "label_dropout": 0.1 if conditional else 0.0,
         "guidance": (1.0 if config.label_dropout == 0 else 1.5) if conditional else None,
         "kappa": 0.7 if config.skip_scaling in TAKES_KAPPA else None,
-        "kappa_indexing": "per-level" if config.backbone == "unet" and config.skip_scaling == "cs" else None,
         **_network_values(config, image_size),
     }
+    if config.skip_scaling != "cs":
+        chosen.pop("kappa_indexing", None)
     if not conditional:
         chosen["eval_samples"] = 0
     if config.steps:

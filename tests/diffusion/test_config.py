@@ -21,7 +21,7 @@ from stabletrain.diffusion.config import (
 from stabletrain.diffusion.family import FAMILY
 from stabletrain.diffusion.processes import PROCESSES
 from stabletrain.diffusion.samplers import SAMPLERS
-from stabletrain.diffusion.skips import SKIP_SCALINGS, USES_KAPPA
+from stabletrain.diffusion.skips import SKIP_SCALINGS, skip_scales
 from stabletrain.errors import ConfigError
 from stabletrain.training.config import config_hash, fields_of, make_config, run_name, to_dict
 
@@ -36,7 +36,8 @@ def test_choices_are_those_of_the_code():
     assert set(SKIP_SCALING_NAMES) == set(SKIP_SCALINGS)
     assert set(PROCESS_NAMES) == set(PROCESSES)
     assert set(SAMPLER_NAMES) == set(SAMPLERS)
-    assert set(TAKES_KAPPA) == set(USES_KAPPA)
+    reading = {name for name in SKIP_SCALINGS if skip_scales(name, range(3), 0.5) != skip_scales(name, range(3), 0.9)}
+    assert set(TAKES_KAPPA) == reading
 
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10", "celeba64", "imagenet64"])
@@ -47,15 +48,17 @@ def test_a_resolved_config_leaves_nothing_open_that_applies(dataset, backbone, s
     values = to_dict(config)
     for name in ("steps", "image_size", "width", "depth", "learning_rate"):
         assert values[name] > 0, name
-    not_applicable = {name for name, backbones in ONLY_FOR.items() if backbone not in backbones} | {
+    not_applicable = {
         "data", "best_metric", "kappa_indexing", *(() if scaling in TAKES_KAPPA else ("kappa",)),
         *(() if config.class_conditional else ("guidance",)),
+        *(name for name, backbones in ONLY_FOR.items() if backbone not in backbones),
     }  # fmt: skip
     for name, value in values.items():
         if name not in not_applicable:
             assert value is not None, name
     if backbone == "unet" and scaling == "cs":
-        assert config.kappa_indexing == "per-level"
+        # twelve skips counted one by one would reach kappa^11; four may be
+        assert config.kappa_indexing == ("per-skip" if dataset == "digits" else "per-level")
 
 
 def test_resolving_twice_changes_nothing():
@@ -65,8 +68,9 @@ def test_resolving_twice_changes_nothing():
 
 def test_explicit_values_win_over_chosen_ones():
     values = {
-        "steps": 7, "width": 48, "heads": 3, "patch_size": 4, "learning_rate": 0.5, "warmup_steps": 0, "weight_decay": 0.0, "ema_decay": 0.0,
-        "label_dropout": 0.0, "guidance": 1.0, "eval_samples": 0, "horizontal_flip": False, "backbone": "uvit", "depth": 2,
+        "steps": 7, "width": 48, "heads": 3, "patch_size": 4, "learning_rate": 0.5, "warmup_steps": 0,
+        "weight_decay": 0.0, "ema_decay": 0.0, "label_dropout": 0.0, "guidance": 1.0, "eval_samples": 0,
+        "horizontal_flip": False, "backbone": "uvit", "depth": 2,
     }  # fmt: skip
     config = resolve(configured(**values))
     for name, value in values.items():
