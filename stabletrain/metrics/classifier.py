@@ -29,6 +29,7 @@ from safetensors.numpy import load, save
 from stabletrain.data.spec import Dataset, Images, Split
 from stabletrain.errors import DataError
 from stabletrain.metrics import classifier_training
+from stabletrain.metrics.progress import silent
 from stabletrain.paths import cache_home
 from stabletrain.training.experiment import EvaluationContext
 
@@ -120,7 +121,7 @@ def _train_and_keep(entry: Path, dataset: Dataset, seed: int, context: Evaluatio
     assert train.labels is not None
     assert judge.labels is not None
     num_classes = dataset.spec.num_classes
-    progress = context.tick if context is not None else classifier_training.silent
+    progress = context.tick if context is not None else silent
     params = classifier_training.fit(
         train.images, train.labels, num_classes, seed=seed, label=f"training {_name(dataset)}", progress=progress
     )

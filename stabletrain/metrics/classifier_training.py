@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from stabletrain.data.images import to_float
 from stabletrain.data.order import batch_indices
 from stabletrain.data.spec import Images, ImageSource, Labels
+from stabletrain.metrics.progress import Progress, silent
 from stabletrain.nn.convolution import Convolution
 
 FEATURES = 128
@@ -28,12 +28,6 @@ CHUNK = 256
 """Images in one call of the compiled network."""
 
 Params = Any
-Progress = Callable[[str, int, int], None]
-"""`progress(what, done, total)`; it may raise to stop the work."""
-
-
-def silent(label: str, done: int, total: int) -> None:
-    """A `Progress` that tells nobody."""
 
 
 class SmallClassifier(nn.Module):
@@ -141,8 +135,8 @@ def _update(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answers(network: SmallClassifier, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logits, features = network.apply(params, images)
-    return logits, features
+    both: Any = network.apply(params, images)
+    return both
 
 
 def answers(params: Params, num_classes: int, images: Images) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
