@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from stabletrain.errors import CheckpointError, RunDirectoryError
@@ -88,11 +91,14 @@ class Checkpoints:
         or `wait`; `CheckpointError` for any other failure.
         """
         self.wait()
+        target = self.folder / str(step)
+        if target.exists():
+            raise CheckpointError(f"{target} already exists: a checkpoint is never changed")
         self._protected = protect
         metadata = _signed({"clock": dict(clock), "layout": _layout(state), "checksums": checksums(state)})
         with _readable_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._in_progress = ocp.save_async(self.folder / str(step), _without_empty(state), custom_metadata=metadata)
+            self._in_progress = ocp.save_async(target, _without_empty(state), custom_metadata=metadata)
         if wait:
             self.wait()
 
@@ -157,7 +163,7 @@ class Checkpoints:
     def read(self, step: int, abstract: State, sharding: Any = None) -> tuple[State, dict[str, Any]]:
         """The state and the clock of one checkpoint, every byte of it checked. Changes nothing on disk.
 
-        `sharding`: where to put each array; None: where `abstract` says.
+        `sharding`: where to put each array; None: on the first device.
 
         Raises: `CheckpointError` when it is of another model or format, or there is none;
         `DamagedCheckpointError` (one of those) when it cannot be read.
@@ -165,15 +171,12 @@ class Checkpoints:
         path = self.folder / str(step)
         metadata = self._metadata(step)
         _compare_layouts(path, metadata["layout"], _layout(abstract))
-        if sharding is not None:
-            abstract = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
-            )
-        with _damage(path):
-            state = ocp.load(path, _without_empty(abstract))
+        where = sharding or SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract)
+        state = _attempt(path, lambda: ocp.load(path, _without_empty(abstract)))
         # Copied because Orbax may hand out buffers that it shares, and a state is donated.
         state = jax.tree.map(
-            lambda leaf, found: found.copy() if leaf.size else jnp.zeros(leaf.shape, leaf.dtype, device=sharding),
+            lambda leaf, found: found.copy() if leaf.size else jnp.zeros(leaf.shape, leaf.dtype, device=where),
             abstract,
             _with_empty(abstract, state),
         )
@@ -190,10 +193,13 @@ class Checkpoints:
         if not path.is_dir():
             steps = ", ".join(map(str, self.steps)) or "none"
             raise CheckpointError(f"no checkpoint of step {step} in {self.folder} (there are: {steps})")
-        with _damage(path):
-            stored = ocp.metadata(path).custom_metadata
-            metadata = {key: stored[key] for key in ("clock", "layout", "checksums")}
-            digest, schema = stored["digest"], stored["schema"]
+
+        def stored() -> dict[str, Any]:
+            found = ocp.metadata(path).custom_metadata
+            return {key: found[key] for key in ("schema", "digest", "clock", "layout", "checksums")}
+
+        metadata = _attempt(path, stored)
+        schema, digest = metadata.pop("schema"), metadata.pop("digest")
         if schema != SCHEMA:
             raise CheckpointError(f"{path} has the format {schema!r}; this version of stabletrain reads {SCHEMA}")
         if digest != _signed(metadata)["digest"]:
@@ -273,20 +279,24 @@ def _describe(layout: list[Any] | None) -> str:
     return "missing" if layout is None else f"{layout[1]}{layout[0]}"
 
 
-@contextlib.contextmanager
-def _damage(path: Path) -> Any:
+def _attempt(path: Path, read: Callable[[], Any]) -> Any:
     """Whatever a damaged file makes Orbax raise becomes one error; a lack of memory is no damage."""
     try:
-        yield
+        return read()
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
         lines = str(error).strip().splitlines()
-        raise DamagedCheckpointError(path, f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]) from error
+        why = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    # Orbax leaves coroutines that it never awaited; Python would warn of them at some later moment.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        gc.collect()
+    raise DamagedCheckpointError(path, why)
 
 
 @contextlib.contextmanager
-def _readable_errors(folder: Path) -> Any:
+def _readable_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:

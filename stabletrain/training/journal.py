@@ -92,8 +92,8 @@ class Journal:
         old, new = before.get("fingerprint"), here.get("fingerprint")
         if old and new and old != new:
             raise ConfigChangedError(
-                f"{self._run.path} was made with other data: the fingerprint of {here.get('name')!r} was {old[:12]}, now "
-                f"it is {new[:12]}. Restore the data, or use another --out, or --fresh"
+                f"{self._run.path} was made with other data: the fingerprint of {here.get('name')!r} was {old[:12]}, "
+                f"now it is {new[:12]}. Restore the data, or use another --out, or --fresh"
             )
 
     def _changes(self, step: int, earlier: list[dict[str, Any]], session: Mapping[str, Any]) -> list[str]:
