@@ -235,30 +235,35 @@ def compile_step(experiment: Experiment, mesh: Mesh, inner_steps: int = 1) -> Ru
     loop several times slower; its results may differ from those of a loop in the last bits.
 
     `experiment.batch_axis` (default 0) is the batch's axis in its arrays: 1 where inner critic steps come first.
+    `experiment.resident` (default none): name -> arrays that lie whole on every device, such as a small data set. The
+    step finds them in its batch under their names; they are arguments of the program, not constants inside it.
     """
     axis = getattr(experiment, "batch_axis", 0)
+    resident = getattr(experiment, "resident", {})
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     layout: dict[str, tuple[int, ...]] = {}
 
-    def packed_step(state: State, batch: Batch) -> tuple[State, jax.Array]:
-        state, metrics = experiment.step(state, batch)
+    def packed_step(state: State, batch: Batch, resident: dict[str, Any]) -> tuple[State, jax.Array]:
+        state, metrics = experiment.step(state, {**batch, **resident} if resident else batch)
         layout.update({name: np.shape(value) for name, value in metrics.items()})
         return state, jnp.concatenate([jnp.ravel(value).astype(jnp.float32) for value in metrics.values()])
 
-    def one_step(state: State, batch: Batch) -> tuple[State, jax.Array]:
-        state, packed = packed_step(state, batch)
+    def one_step(state: State, batch: Batch, resident: dict[str, Any]) -> tuple[State, jax.Array]:
+        state, packed = packed_step(state, batch, resident)
         return state, packed[None]
 
-    def several_steps(state: State, batches: Batch, count: jax.Array) -> tuple[State, jax.Array]:
+    def several_steps(
+        state: State, batches: Batch, count: jax.Array, resident: dict[str, Any]
+    ) -> tuple[State, jax.Array]:
         def batch_at(i: Any) -> Batch:
             return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), batches)
 
         def body(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
             state, rows = carry
-            state, packed = packed_step(state, batch_at(i))
+            state, packed = packed_step(state, batch_at(i), resident)
             return state, rows.at[i].set(packed)
 
-        width = jax.eval_shape(packed_step, state, batch_at(0))[1].shape[0]
+        width = jax.eval_shape(packed_step, state, batch_at(0), resident)[1].shape[0]
         return lax.fori_loop(0, count, body, (state, jnp.zeros((inner_steps, width), jnp.float32)))
 
     program = jax.jit(
@@ -275,11 +280,11 @@ def compile_step(experiment: Experiment, mesh: Mesh, inner_steps: int = 1) -> Ru
         if not 1 <= len(batches) <= inner_steps:
             raise ValueError(f"{len(batches)} batches for a program of 1 to {inner_steps} steps")
         if inner_steps == 1:
-            state, packed = program(state, shard_batch(batches[0], mesh, axis))
+            state, packed = program(state, shard_batch(batches[0], mesh, axis), resident)
         else:
             padded = [*batches, *[batches[-1]] * (inner_steps - len(batches))]
             stacked = shard_batch(jax.tree.map(_stack, *padded), mesh, axis + 1)
-            state, packed = program(state, stacked, np.int32(len(batches)))
+            state, packed = program(state, stacked, np.int32(len(batches)), resident)
         metrics = StepMetrics(packed, layout, len(batches))
         return state, metrics.block_until_ready() if must_block else metrics
 

@@ -214,6 +214,26 @@ def test_batches_with_inner_steps_first(inner_steps: int) -> None:
     assert metrics.rows() == [{"mean": pytest.approx(x.mean())}]
 
 
+class Lookup:
+    """The data lie on the devices; a batch is indices."""
+
+    def __init__(self, mesh: Any) -> None:
+        self.resident = {"table": jax.device_put(jnp.arange(10.0), replicated(mesh))}
+
+    def step(self, state: Any, batch: Any) -> Any:
+        return state + batch["table"][batch["indices"]].sum(), {"first": batch["table"][batch["indices"][0]]}
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_resident_arrays_are_found_in_the_batch(inner_steps: int) -> None:
+    mesh = make_mesh(2, 2)
+    run = compile_step(Lookup(mesh), mesh, inner_steps)  # type: ignore[arg-type]
+    batches = [{"indices": np.array([i, 9], np.int32)} for i in range(inner_steps)]
+    state, metrics = run(jax.device_put(jnp.zeros(()), replicated(mesh)), batches)
+    assert [row["first"] for row in metrics.rows()] == list(range(inner_steps))
+    assert float(state) == 9.0 * inner_steps + sum(range(inner_steps))
+
+
 # --- settings -------------------------------------------------------------------------------------------------
 
 
