@@ -48,12 +48,14 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of a tar's CIFAR batches, compressed or not, in one pass.
+    """Name and content of a tar's CIFAR batches, gzipped or not, in one pass.
 
     Raises: `DataError` for a damaged or truncated archive.
     """
     try:
-        with tarfile.open(path) as archive:
+        with path.open("rb") as file:
+            gzipped = file.read(2) == b"\x1f\x8b"
+        with tarfile.open(path, "r:gz") if gzipped else tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
                 if member.isfile() and CIFAR_MEMBER.fullmatch(name) and member.size <= LARGEST_MEMBER:

@@ -93,12 +93,21 @@ def as_images(array: NDArray, what: str, *, signed: bool = False) -> Images:
         low = -1.0 if signed else 0.0
         _check_floats(array, what, low)
         return np.rint((array - low) * (255 / (1 - low))).astype(np.uint8)
-    least, most = int(array.min()), int(array.max())
-    if least < 0 or most > 255:
-        raise DataError(f"{what} holds integers from {least} to {most}; expected 0 to 255")
-    if most == 1:
+    if array.dtype != np.uint8 and (array.min() < 0 or array.max() > 255):
+        raise DataError(f"{what} holds integers from {array.min()} to {array.max()}; expected 0 to 255")
+    if _is_binary(array):
         raise DataError(f"{what} holds only the integers 0 and 1, of 255: multiply by 255, or save floats")
     return np.ascontiguousarray(array, dtype=np.uint8)
+
+
+def _is_binary(array: NDArray) -> bool:
+    """True for zeros and ones (not for zeros alone). Looks no further than the first pixel above 1."""
+    most = 0
+    for start in range(0, len(array), 1024):
+        most = max(most, int(array[start : start + 1024].max()))
+        if most > 1:
+            return False
+    return most == 1
 
 
 def _check_floats(array: NDArray, what: str, low: float) -> None:

@@ -105,7 +105,8 @@ def check_dataset(
             absent = np.setdiff1d(np.arange(dataset.spec.num_classes), split.labels)
             if absent.size:
                 few = ", ".join(dataset.spec.class_names[label] for label in absent[:5])
-                problems.append(f"no {split_name} image of {absent.size} classes: {few}{', ...' * (absent.size > 5)}")
+                of = "the class" if absent.size == 1 else f"{absent.size} classes:"
+                problems.append(f"no {split_name} image of {of} {few}{', ...' * (absent.size > 5)}")
     if info is not None and place is not None:
         for split_name, split, stated in (
             ("train", dataset.train, info.train_count),

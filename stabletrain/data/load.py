@@ -97,7 +97,8 @@ def _read(path: Path, info: DatasetInfo | None, image_size: int | None) -> Loade
         wanted = "emnist-balanced-" if info is not None and info.name == "emnist" else ""
         return _from_arrays(archives.read_idx(store, wanted), image_size)
     if any(archives.IMAGENET_BATCH.fullmatch(name) for name in names):
-        return _from_batches(*archives.read_downsampled_imagenet(store), image_size)
+        train, test = archives.read_downsampled_imagenet(store)
+        return _from_splits(train, test, (), image_size)
     if {"data_batch_1", "test_batch"} <= names or {"train", "test", "meta"} <= names:
         return _from_arrays(archives.read_cifar(archives.store_members(store), path), image_size)
     if path.is_dir() and len(store.sizes) == 1 and not names.pop().lower().endswith(folders.IMAGE_ENDINGS):
@@ -137,28 +138,21 @@ def _kind_of(path: Path) -> str:
 
 
 def _from_arrays(raw: arrays.RawArrays, image_size: int | None) -> Loaded:
-    fingerprint = fingerprints.of_arrays(
-        [
-            ("train", raw.train_images),
-            ("train labels", raw.train_labels),
-            ("test", raw.test_images),
-            ("test labels", raw.test_labels),
-            ("resized to", None if image_size is None else np.array([image_size])),
-        ]
-    )
     train = Split(ArraySource(raw.train_images), raw.train_labels)
     test = Split(ArraySource(raw.test_images), raw.test_labels)
-    return Loaded(_resized(train, image_size), _resized(test, image_size), raw.class_names, fingerprint)
+    return _from_splits(train, test, raw.class_names, image_size)
 
 
-def _from_batches(train: Split, test: Split, image_size: int | None) -> Loaded:
-    looked_at: list[tuple[str, np.ndarray | None]] = []
+def _from_splits(train: Split, test: Split, class_names: tuple[str, ...], image_size: int | None) -> Loaded:
+    hashed: list[tuple[str, np.ndarray | None]] = []
     for name, split in (("train", train), ("test", test)):
-        looked_at.append((f"{name} sample", split.images.read(np.array(fingerprints.sample(len(split))))))
-        looked_at.append((f"{name} labels", split.labels))
-    looked_at.append(("resized to", None if image_size is None else np.array([image_size])))
-    fingerprint = fingerprints.of_arrays(looked_at)
-    return Loaded(_resized(train, image_size), _resized(test, image_size), (), fingerprint)
+        images = split.images.array()
+        if images is None:  # mapped from the disk: hashing all of it would take longer than the start of a run
+            images = split.images.read(np.array(fingerprints.sample(len(split))))
+        hashed += [(f"{name} {len(split)}", images), (f"{name} labels", split.labels)]
+    hashed.append(("resized to", None if image_size is None else np.array([image_size])))
+    fingerprint = fingerprints.of_arrays(hashed)
+    return Loaded(_resized(train, image_size), _resized(test, image_size), class_names, fingerprint)
 
 
 def _resized(split: Split, image_size: int | None) -> Split:
@@ -237,17 +231,24 @@ def _look(
     place: Path,
     open_bytes: Callable[[int], bytes],
 ) -> Look:
-    """Reads the headers of up to 256 pictures spread over the set.
+    """Reads the headers of up to 256 pictures spread over the set. Damaged ones are left to where they are decoded.
 
     Channels are those of the named set; otherwise one if all pictures looked at are greyscale, else three.
-    Raises: `DataError` for damaged ones, and when sizes differ or are not square while no crop is asked for.
+    Raises: `DataError` when none is readable, and when sizes differ or are not square while no crop is asked for.
     """
     sizes: dict[tuple[int, int], str] = {}
     coloured = False
+    damage: DataError | None = None
     for index in fingerprints.sample(len(names)):
-        picture = open_picture(open_bytes(index), f"{names[index]} in {place}", header_only=True)
+        try:
+            picture = open_picture(open_bytes(index), f"{names[index]} in {place}", header_only=True)
+        except DataError as error:
+            damage = damage or error
+            continue
         sizes.setdefault(picture.size, names[index])
         coloured = coloured or not is_grey(picture)
+    if not sizes:
+        raise damage or DataError(f"{place} holds no pictures")
     channels = info.channels if info is not None else 3 if coloured else 1
     size = image_size or (info.image_size if info is not None and info.crop != "none" else None)
     crop, rule = _crop(info, size)

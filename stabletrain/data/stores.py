@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class ZipStore:
         self._lock = Lock()
         try:
             self._archive = zipfile.ZipFile(place)
+            weakref.finalize(self, self._archive.close)  # also when it goes in a cycle, where its file may go first
         except (zipfile.BadZipFile, OSError) as error:
             raise DataError(f"{place} is not a readable zip archive: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import mmap
@@ -12,13 +13,12 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from stabletrain.data import tf_example
 from stabletrain.data.catalogue import DatasetInfo
 from stabletrain.data.spec import Labels
 from stabletrain.errors import DataError
@@ -69,12 +69,13 @@ class TfRecords:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._maps: list[mmap.mmap] = []
         places: list[tuple[int, int, int]] = []  # (file, start, length)
-        for number, path in enumerate(paths):
-            if not path.stat().st_size:
-                raise DataError(f"{path} is empty")
+        for path in paths:
+            if not path.stat().st_size:  # nothing can be mapped, and an empty shard is what TFDS makes of few examples
+                continue
             with path.open("rb") as file:
-                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            content, at = self._maps[number], 0
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            number, at = len(self._maps), 0
+            self._maps.append(content)
             while at < len(content):
                 length = struct.unpack("<Q", content[at : at + 8])[0] if at + 12 <= len(content) else 1 << 62
                 if at + 16 + length > len(content):
@@ -113,24 +114,10 @@ class PreparedSplit:
 
     def image_bytes(self, index: int) -> bytes:
         """The encoded image of an example. Raises: `DataError` for an example without one."""
-        values = _features(self.records[index])["image"].bytes_list.value
-        if len(values) != 1:
+        image = tf_example.parse(self.records[index], ("image",)).get("image", [])
+        if len(image) != 1 or not isinstance(image[0], bytes):
             raise DataError(f"example {index} of {self.folder} ({self.name}) has no image")
-        return values[0]
-
-
-def _features(record: bytes) -> Any:
-    try:
-        return _example_type().FromString(record).features.feature
-    except Exception as error:  # protobuf's own DecodeError; its class depends on the implementation in use
-        raise DataError(f"a prepared example is damaged: {error}") from error
-
-
-@lru_cache(maxsize=1)
-def _example_type() -> Any:
-    from tensorflow_datasets.proto.tf_example_pb2 import Example  # 1-2 s: only where there are records to read
-
-    return Example
+        return image[0]
 
 
 def read_prepared(info: DatasetInfo, folder: Path) -> tuple[PreparedSplit, PreparedSplit]:
@@ -167,19 +154,19 @@ def read_prepared(info: DatasetInfo, folder: Path) -> tuple[PreparedSplit, Prepa
 
 def _labels(info: DatasetInfo, split: str, records: Records, description: bytes) -> Labels:
     """Every example's label; of large splits remembered under the hash of the set's description."""
-    from hashlib import sha256
-
-    kept = cache_home() / "labels" / f"{info.name}-{split}-{sha256(description).hexdigest()[:16]}.npy"
+    kept = cache_home() / "labels" / f"{info.name}-{split}-{hashlib.sha256(description).hexdigest()[:16]}.npy"
     large = len(records) > REMEMBERED_LABELS
     if large and kept.is_file():
         return np.load(kept)
-    values: list[int] = []
+    key = info.tfds_label or ""
+    labels: Labels = np.empty(len(records), np.int32)
     for index in range(len(records)):
-        value = _features(records[index])[info.tfds_label].int64_list.value
-        if len(value) != 1:
-            raise DataError(f"example {index} of the prepared {info.name} ({split}) has no label {info.tfds_label!r}")
-        values.append(value[0])
-    labels: NDArray[np.int32] = np.array(values, np.int32)
+        value = tf_example.parse(records[index], (key,)).get(key, [])
+        if len(value) != 1 or not isinstance(value[0], int) or not 0 <= value[0] < info.num_classes:
+            raise DataError(
+                f"example {index} of the prepared {info.name} ({split}) has no {key} from 0 to {info.num_classes - 1}"
+            )
+        labels[index] = value[0]
     if large:
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.npy")
