@@ -11,8 +11,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from safetensors.numpy import load, save
 from stabletrain.data.spec import Dataset, Images, Split
 from stabletrain.errors import DataError
 from stabletrain.metrics import classifier_training
+from stabletrain.metrics.files import write_whole
 from stabletrain.metrics.progress import silent
 from stabletrain.paths import cache_home
 from stabletrain.training.experiment import EvaluationContext
@@ -142,8 +141,8 @@ def _train_and_keep(entry: Path, dataset: Dataset, seed: int, context: Evaluatio
         "platform": jax.default_backend(),
     }
     # The weights first: a description never names a file that is not there yet.
-    _write(file, weights)
-    _write(entry, (json.dumps(values, indent=2) + "\n").encode())
+    write_whole(file, weights)
+    write_whole(entry, (json.dumps(values, indent=2) + "\n").encode())
     return _assemble(dataset, seed, values, params)
 
 
@@ -213,19 +212,6 @@ def _read(entry: Path, dataset: Dataset, seed: int) -> DatasetClassifier | None:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         log.warning("%s is damaged (%s): training the classifier again", entry, error)
         return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or none of it, also when two processes write the same one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

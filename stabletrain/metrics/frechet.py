@@ -16,7 +16,6 @@ import numpy as np
 from jax import lax
 from numpy.typing import ArrayLike, NDArray
 
-
 CHUNK = 4096
 
 

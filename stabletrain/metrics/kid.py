@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
+from stabletrain.metrics.progress import Progress, silent
+
 
 @dataclass(frozen=True)
 class KernelDistance:
@@ -27,7 +29,13 @@ class KernelDistance:
 
 
 def kernel_distance(
-    real: NDArray[Any], fake: NDArray[Any], *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    real: NDArray[Any],
+    fake: NDArray[Any],
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> KernelDistance:
     """The unbiased estimate on `subsets` pairs of random subsets, drawn without replacement within each.
 
@@ -45,7 +53,8 @@ def kernel_distance(
         return KernelDistance(unbiased_mmd2(real, fake), None, 1, min(sizes))
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
     found = []
-    for _ in range(subsets):
+    for subset in range(subsets):
+        progress("kernel distance", subset, subsets)
         of_real = generator.choice(len(real), sizes[0], replace=False)
         of_fake = generator.choice(len(fake), sizes[1], replace=False)
         found.append(unbiased_mmd2(real[of_real], fake[of_fake]))

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabletrain.metrics.progress import Progress, silent
+
 ANGLES = 1001
 
 
@@ -30,7 +32,14 @@ class Curve:
 
 
 def prd_curve(
-    real: NDArray[Any], fake: NDArray[Any], *, clusters: int = 20, runs: int = 10, seed: int = 0, angles: int = ANGLES
+    real: NDArray[Any],
+    fake: NDArray[Any],
+    *,
+    clusters: int = 20,
+    runs: int = 10,
+    seed: int = 0,
+    angles: int = ANGLES,
+    progress: Progress = silent,
 ) -> Curve:
     """The PRD curve of generated features against real ones, averaged over `runs` clusterings of their union.
 
@@ -44,9 +53,11 @@ def prd_curve(
     if 2 * len(real) < clusters:
         raise ValueError(f"{2 * len(real)} features cannot make {clusters} clusters")
     union = np.concatenate([real, fake]).astype(np.float32)
-    curves = [
-        curve_of_histograms(*_histograms(union, len(real), clusters, seed + run), angles=angles) for run in range(runs)
-    ]
+    curves = []
+    for run in range(runs):
+        progress("precision and recall of distributions", run, runs)
+        histograms = _histograms(union, len(real), clusters, seed + run)
+        curves.append(curve_of_histograms(*histograms, angles=angles))
     return Curve(
         np.mean([curve.precision for curve in curves], axis=0), np.mean([curve.recall for curve in curves], axis=0)
     )
