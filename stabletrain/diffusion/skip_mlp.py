@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stabletrain.diffusion.skips import SkipMerge, feature_norm, multiplier_of, skip_scales
+from stabletrain.diffusion.skips import SkipMerge, multiplier_of, skip_scales, watch
 from stabletrain.methods.scalelong import LearnedScale
 from stabletrain.nn.embeddings import sinusoidal
 
@@ -36,8 +36,10 @@ class SkipMLP(nn.Module):
     """f_0 of Huang et al. 2023, Section 3: N encoder blocks, a middle block, N decoder blocks with added skips.
 
     `core` is the theorems' network exactly: [B, m] -> [B, m]. Calling the module on images flattens them, projects
-    them to the width, adds a projection of the sinusoidal time (and of the label), and projects back; the theorems
-    know neither. Shapes and the collection "features" as in `UViT`.
+    them to the width and back where they have another size, and adds a projection of the sinusoidal time (unless
+    `time_embedding` is off) and of the label, of which the theorems know nothing. Shapes and the collection "features"
+    as in `UViT`; here E||h_i||^2 at initialisation is `theorem31_prediction`.
+    Raises: `ValueError` for images that the network was not made for, or missing labels.
     Differs: the last matrix of each block has gain 1 (`gain=2` is the literal statement; see `theorem31_prediction`).
     """
 
@@ -47,6 +49,7 @@ class SkipMLP(nn.Module):
     num_skips: int = 24
     matrices: int = 2
     gain: float = 1.0
+    time_embedding: bool = True
     num_classes: int = 0
     null_label: bool = True
     skip_scaling: str = "none"
@@ -69,9 +72,11 @@ class SkipMLP(nn.Module):
             init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
             return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
 
-        self.project_in = dense(self.width, "project_in")
-        self.project_time = dense(self.width, "project_time")
-        self.project_out = dense(self.image_size**2 * self.image_channels, "project_out")
+        if self.image_size**2 * self.image_channels != self.width:
+            self.project_in = dense(self.width, "project_in")
+            self.project_out = dense(self.image_size**2 * self.image_channels, "project_out")
+        if self.time_embedding:
+            self.project_time = dense(self.width, "project_time")
         if self.num_classes:
             self.label_embedding = nn.Embed(
                 self.num_classes + self.null_label,
@@ -87,11 +92,11 @@ class SkipMLP(nn.Module):
             x = encoder(x)
             skips.append(x)
         x = self.middle(x)
-        self.sow("features", "middle", feature_norm(x))
+        watch(self, "middle", x)
         for i in reversed(range(self.num_skips)):
-            h, s = self.merges[i](x, skips[i], multiplier_of(skip_multipliers, i), self.gate)
+            h, s = self.merges[i](x, skips[i], multiplier_of(skip_multipliers, i, self.num_skips), self.gate)
             x = self.decoders[i](h + s)
-            self.sow("features", f"skip_{i}", feature_norm(x))
+            watch(self, f"skip_{i}", x)
         return x
 
     def __call__(
@@ -103,12 +108,19 @@ class SkipMLP(nn.Module):
         skip_multipliers: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        batch = images.shape[0]
-        x = self.project_in(images.reshape(batch, -1))
-        x = x + self.project_time(sinusoidal(times, self.width).astype(x.dtype))
+        side, channels = self.image_size, self.image_channels
+        if images.shape[1:] != (side, side, channels):
+            raise ValueError(f"images are {images.shape[1:]}, but the network was made for {(side, side, channels)}")
+        x = images.reshape(images.shape[0], -1)
+        projected = x.shape[1] != self.width
+        x = self.project_in(x) if projected else x.astype(self.dtype or x.dtype)
+        if self.time_embedding:
+            x = x + self.project_time(sinusoidal(times, self.width).astype(x.dtype))
         if self.num_classes:
             if labels is None:
                 raise ValueError("this network is class-conditional: labels are needed")
             x = x + self.label_embedding(labels).astype(x.dtype)
-        x = self.project_out(self.core(x, skip_multipliers)).reshape(images.shape)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = self.core(x, skip_multipliers)
+        if projected:
+            x = self.project_out(x)
+        return x.reshape(images.shape).astype(jnp.promote_types(x.dtype, jnp.float32))

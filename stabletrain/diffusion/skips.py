@@ -7,11 +7,11 @@ scaled; the network then concatenates (U-ViT, UNet) or adds (the network of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from stabletrain.methods.scalelong import SQRT_HALF, LearnedScale
 
@@ -26,10 +26,9 @@ SKIP_SCALINGS = {
     "layernorm": "LayerNorm over both features before they are merged",
     "learned-scalar": "one learned coefficient per skip, zero at the start",
 }
-"""Name -> what it does. Skip scalings that read `kappa`: cs, const."""
+"""Name -> what it does."""
 
-USES_KAPPA = ("cs", "const")
-HAS_GATES = ("ls", "ls-per-skip")
+GATED = ("ls", "ls-per-skip")
 
 
 def skip_scales(scaling: str, exponents: Sequence[int], kappa: float) -> tuple[float, ...]:
@@ -37,7 +36,10 @@ def skip_scales(scaling: str, exponents: Sequence[int], kappa: float) -> tuple[f
 
     `exponents`: 0 .. N-1 when kappa is counted per skip, the level of each skip when it is counted per level; the
     coefficients of CS are `constant_scales` at those places, as static numbers that the compiler folds.
+    Raises: `ValueError` for an unknown scaling.
     """
+    if scaling not in SKIP_SCALINGS:
+        raise ValueError(f"unknown skip scaling {scaling!r}: {', '.join(SKIP_SCALINGS)}")
     if scaling == "sqrt2":
         return (SQRT_HALF,) * len(exponents)
     if scaling == "const":
@@ -50,8 +52,9 @@ def skip_scales(scaling: str, exponents: Sequence[int], kappa: float) -> tuple[f
 class SkipMerge(nn.Module):
     """Scales h and s at one skip. `gate` is the shared `LearnedScale` where the scaling is `ls`.
 
-    Call: (h [B, ..., C_h], s [B, ..., C_s], multiplier or None) -> (h, s). `multiplier` is the run-time coefficient of
-    inference-time scaling (skip-tuning) and multiplies s after everything else.
+    Shapes: h [B, ..., C_h], s [B, ..., C_s], multiplier scalar or None -> (h, s) of the same shapes. `multiplier` is
+    the run-time coefficient of inference-time scaling (Skip-Tuning, Ma et al. 2024) and multiplies s after everything
+    else. Collection "features", when mutable: the mean gate of each sample, `gate_mean` [B].
     """
 
     scaling: str
@@ -59,17 +62,19 @@ class SkipMerge(nn.Module):
     """The constant coefficient of this skip, from `skip_scales`."""
     gate_form: str = "channel"
     additive: bool = False
+    """The network adds h and s: the magnitude-preserving form is then that of a sum."""
 
     @nn.compact
     def __call__(
         self, h: jax.Array, s: jax.Array, multiplier: jax.Array | None = None, gate: LearnedScale | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        if self.scaling in ("sqrt2", "cs", "const") and self.scale != 1.0:
+        if self.scaling in ("sqrt2", "cs", "const"):
             s = s * jnp.asarray(self.scale, s.dtype)
-        elif self.scaling in HAS_GATES:
+        elif self.scaling in GATED:
             gate = gate if gate is not None else LearnedScale(self.gate_form, name="gate")
             coefficient = gate(s)
-            self.sow("features", "gate_mean", coefficient.mean(axis=tuple(range(1, coefficient.ndim))))
+            if watched(self):
+                keep(self, "gate_mean", coefficient.mean(axis=tuple(range(1, coefficient.ndim))))
             s = s * coefficient.astype(s.dtype)
         elif self.scaling == "mp-cat":
             h, s = self._magnitude_preserving(h, s)
@@ -105,12 +110,36 @@ class SkipMerge(nn.Module):
         return new_h.astype(h.dtype), new_s.astype(s.dtype)
 
 
+def multiplier_of(skip_multipliers: ArrayLike | None, index: int, num_skips: int) -> jax.Array | None:
+    """The run-time coefficient of one skip, or None. Raises: `ValueError` unless there is one for each skip."""
+    if skip_multipliers is None:
+        return None
+    multipliers = jnp.asarray(skip_multipliers)
+    if multipliers.shape != (num_skips,):
+        raise ValueError(f"skip_multipliers has shape {multipliers.shape}, but the network has {num_skips} skips")
+    return multipliers[index]
+
+
+# --- what the networks let one watch ----------------------------------------------------------------------------------
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether the caller asked for features; initialisation makes every collection mutable, but asks for none."""
+    return module.is_mutable_collection("features") and not module.is_initializing()
+
+
+def keep(module: nn.Module, name: str, value: jax.Array) -> None:
+    """Sow one value of the collection "features" under its name, without the tuple that `sow` makes by default."""
+    module.sow("features", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+def watch(module: nn.Module, name: str, features: jax.Array) -> None:
+    """Sow the norm of each sample's feature; costs nothing where nobody asked."""
+    if watched(module):
+        keep(module, name, feature_norm(features))
+
+
 def feature_norm(features: jax.Array) -> jax.Array:
     """The L2 norm of each sample's whole feature, [B, ...] -> [B], in at least float32."""
     wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     return jnp.sqrt(jnp.sum(wide**2, axis=tuple(range(1, features.ndim))))
-
-
-def multiplier_of(skip_multipliers: Any, index: int) -> jax.Array | None:
-    """The run-time coefficient of one skip, or None."""
-    return None if skip_multipliers is None else jnp.asarray(skip_multipliers)[index]

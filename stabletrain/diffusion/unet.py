@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stabletrain.diffusion.skips import SkipMerge, feature_norm, multiplier_of, skip_scales
+from stabletrain.diffusion.skips import SkipMerge, multiplier_of, skip_scales, watch
 from stabletrain.methods.scalelong import LearnedScale
 from stabletrain.nn.attention import attend
 from stabletrain.nn.convolution import Convolution
@@ -75,8 +75,10 @@ class UNet(nn.Module):
 
     Shapes and the collection "features" as in `UViT`. The image must be divisible by 2^(levels - 1).
     Source: Ho et al. 2020, Appendix B; Huang et al. 2023 for the scalings.
+    Raises: `ValueError` for images that the levels do not divide, or missing labels.
     Differs: kappa counted per skip reaches kappa^11 on twelve skips; `kappa_indexing="level"` counts resolutions
-    instead. Which of the two the paper used is not known.
+    instead. Which of the two the paper used is not known. A class label is added to the embedded time, as in later
+    conditional UNets; that of Ho et al. has none.
     """
 
     image_channels: int = 3
@@ -91,7 +93,9 @@ class UNet(nn.Module):
     skip_scaling: str = "none"
     kappa: float = 0.7
     kappa_indexing: str = "skip"
+    """What the exponent of `cs` counts: "skip", from the outermost, or "level"."""
     epsilon: float = 1e-6
+    """Of every GroupNorm; 1e-5 in the ports that use PyTorch's default."""
     dtype: Any = None
 
     @property
@@ -121,7 +125,12 @@ class UNet(nn.Module):
     ) -> jax.Array:
         divisor = 2 ** (len(self.multipliers) - 1)
         if images.shape[1] % divisor or images.shape[2] % divisor:
-            raise ValueError(f"{len(self.multipliers)} levels do not divide an image of {images.shape[1:3]}")
+            raise ValueError(
+                f"{len(self.multipliers)} levels halve an image {len(self.multipliers) - 1} times, which one of "
+                f"{images.shape[1]}x{images.shape[2]} does not allow"
+            )
+        if self.kappa_indexing not in ("skip", "level"):
+            raise ValueError(f"unknown kappa_indexing {self.kappa_indexing!r}: skip or level")
         time = self._time(times, labels)
         dtype = self.dtype or jnp.result_type(images)
         x = Convolution(self.channels, kernel_init=fan_average(), dtype=self.dtype, name="stem")(images.astype(dtype))
@@ -138,7 +147,7 @@ class UNet(nn.Module):
         x = ResBlock(x.shape[-1], self.dropout, self.epsilon, self.dtype, name="mid_block_0")(x, time, train)
         x = AttentionBlock(self.heads, self.epsilon, self.dtype, name="mid_attention")(x)
         x = ResBlock(x.shape[-1], self.dropout, self.epsilon, self.dtype, name="mid_block_1")(x, time, train)
-        self.sow("features", "middle", feature_norm(x))
+        watch(self, "middle", x)
 
         exponents = self.skip_levels if self.kappa_indexing == "level" else range(self.num_skips)
         scales = skip_scales(self.skip_scaling, exponents, self.kappa)
@@ -151,15 +160,15 @@ class UNet(nn.Module):
                 if self.skip_scaling == "ls" and skip.shape[-1] not in shared:
                     shared[skip.shape[-1]] = LearnedScale("channel", name=f"gate_{skip.shape[-1]}")
                 merge = SkipMerge(self.skip_scaling, scales[i], name=f"merge_{i}")
-                h, s = merge(x, skip, multiplier_of(skip_multipliers, i), shared.get(skip.shape[-1]))
+                h, s = merge(x, skip, multiplier_of(skip_multipliers, i, self.num_skips), shared.get(skip.shape[-1]))
                 x = self._block(jnp.concatenate([h, s], axis=-1), time, width, f"up_{level}_{block}", train)
-                self.sow("features", f"skip_{i}", feature_norm(x))
+                watch(self, f"skip_{i}", x)
             if level:
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = Convolution(width, kernel_init=fan_average(), dtype=self.dtype, name=f"upsample_{level}")(x)
         x = nn.silu(group_norm(x.shape[-1], self.epsilon, self.dtype, "norm")(x))
-        x = Convolution(self.image_channels, kernel_init=fan_average(0), dtype=self.dtype, name="final")(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return Convolution(self.image_channels, kernel_init=fan_average(0), name="final")(x)
 
     def _time(self, times: jax.Array, labels: jax.Array | None) -> jax.Array:
         embedded = sinusoidal(times, self.channels, order="sin-cos")

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stabletrain.diffusion.skips import SkipMerge, feature_norm, multiplier_of, skip_scales
+from stabletrain.diffusion.skips import SkipMerge, multiplier_of, skip_scales, watch
 from stabletrain.methods.scalelong import LearnedScale
 from stabletrain.nn.attention import attend
 from stabletrain.nn.convolution import Convolution
@@ -85,6 +85,9 @@ class UViT(nn.Module):
     depth: int = 12
     heads: int = 8
     mlp_ratio: float = 4.0
+    time_mlp: bool = False
+    final_convolution: bool = True
+    """Of the image, after the patches are put together."""
     num_classes: int = 0
     null_label: bool = True
     skip_scaling: str = "none"
@@ -115,20 +118,25 @@ class UViT(nn.Module):
             x = Block(self.heads, self.mlp_ratio, self.dtype, name=f"in_block_{i}")(x)
             skips.append(x)
         x = Block(self.heads, self.mlp_ratio, self.dtype, name="mid_block")(x)
-        self.sow("features", "middle", feature_norm(x))
+        watch(self, "middle", x)
         for i in reversed(range(self.num_skips)):
             merge = SkipMerge(self.skip_scaling, scales[i], self.gate_form, name=f"merge_{i}")
-            h, s = merge(x, skips[i], multiplier_of(skip_multipliers, i), shared)
+            h, s = merge(x, skips[i], multiplier_of(skip_multipliers, i, self.num_skips), shared)
             x = SkipLinear(self.width, self.dtype, name=f"skip_linear_{i}")(h, s)
             x = Block(self.heads, self.mlp_ratio, self.dtype, name=f"out_block_{i}")(x)
-            self.sow("features", f"skip_{i}", feature_norm(x))
+            watch(self, f"skip_{i}", x)
         x = layer_norm("norm", self.dtype)(x)[:, extras:]
         return self._images(x)
 
     def _tokens(self, images: jax.Array, times: jax.Array, labels: jax.Array | None) -> tuple[jax.Array, int]:
         batch, height, width, channels = images.shape
         p = self.patch_size
-        if height % p or width % p:
+        if (height, width, channels) != (self.image_size, self.image_size, self.channels):
+            raise ValueError(
+                f"images are {height}x{width}x{channels}, but the network was made for "
+                f"{self.image_size}x{self.image_size}x{self.channels}"
+            )
+        if height % p:
             raise ValueError(f"patches of {p} do not divide an image of {height}x{width}")
         fan_in = p * p * channels
         kernel = self.param("patch_kernel", torch_uniform(fan_in), (p, p, channels, self.width))
@@ -137,7 +145,11 @@ class UViT(nn.Module):
         patches = images.reshape(batch, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(batch, -1, fan_in).astype(dtype)  # a strided convolution is one product
         x = patches @ kernel.reshape(fan_in, self.width).astype(dtype) + bias.astype(dtype)
-        tokens = [sinusoidal(times, self.width)[:, None].astype(dtype), x]
+        time = sinusoidal(times, self.width).astype(dtype)
+        if self.time_mlp:
+            time = self._dense(4 * self.width, "time_0")(time)
+            time = self._dense(self.width, "time_1")(nn.silu(time))
+        tokens = [time[:, None], x]
         if self.num_classes:
             if labels is None:
                 raise ValueError("this network is class-conditional: labels are needed")
@@ -155,12 +167,17 @@ class UViT(nn.Module):
     def _images(self, x: jax.Array) -> jax.Array:
         p, c = self.patch_size, self.channels
         side = self.image_size // p
-        x = nn.Dense(p * p * c, kernel_init=normal_002, dtype=self.dtype, name="decoder")(x)
+        x = self._dense(p * p * c, "decoder")(x)
         x = x.reshape(-1, side, side, p, p, c).transpose(0, 1, 3, 2, 4, 5)  # (p1 p2 C), the channel fastest
         x = x.reshape(-1, self.image_size, self.image_size, c)
-        init = torch_uniform(9 * c)
-        x = Convolution(c, kernel_init=init, bias_init=init, dtype=self.dtype, name="final_conv")(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.final_convolution:
+            init = torch_uniform(9 * c)
+            x = Convolution(c, kernel_init=init, bias_init=init, name="final_conv")(x)
+        return x
+
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        return nn.Dense(features, kernel_init=normal_002, dtype=self.dtype, name=name)
 
 
 SIZES = {

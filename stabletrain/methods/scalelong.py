@@ -5,7 +5,8 @@ A network with N long skip connections is, from the outside in,
     UNet(x) = f_0(x),   f_i(x) = b_{i+1}( kappa_{i+1} * a_{i+1}(x) + f_{i+1}(a_{i+1}(x)) ),   f_N = middle block,
 
 with encoder blocks a_i, decoder blocks b_i, and kappa_i the coefficient of the i-th skip (1 in the standard UNet).
-Arrays of coefficients are indexed from the outside: index 0 is kappa_1, the outermost skip.
+Arrays of coefficients are indexed from the outside: index 0 is kappa_1, the outermost skip. Features are numbered as
+the paper numbers them: h_i is the output of f_i, thus of the decoder block that merges the skip of index i.
 
 Everything here is a pure function or a Flax module, and works under jit, grad and vmap, in float32 and float64.
 """
@@ -17,20 +18,28 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 SQRT_HALF = 2.0**-0.5
 """The 1/sqrt(2) scaling of earlier work (SR3, Imagen), which ScaleLong compares with."""
 
 
-def constant_scales(num_skips: int, kappa: float) -> jax.Array:
+# --- constant scaling -------------------------------------------------------------------------------------------------
+
+
+def constant_scales(num_skips: int, kappa: ArrayLike) -> jax.Array:
     """CS: [kappa^0, kappa^1, ..., kappa^(N-1)], index 0 the outermost skip, which is thus never scaled.
 
     The bound of Theorem 3.4 weights skip i by M_0^i, so the innermost needs the most damping; and sum kappa_i^2 stays
     below 1 / (1 - kappa^2) for any depth.
-    Source: Huang et al. 2023, Section 4 (CS); kappa in [0.5, 0.95] is what the authors suggest.
+    Source: Huang et al. 2023, Section 4 (CS): kappa_i = kappa^(i-1), i = 1 the outermost; the authors suggest kappa in
+    [0.5, 0.95]. The released code walks from the innermost skip outwards with the exponent N-1 .. 0: the same numbers.
     """
     return jnp.asarray(kappa, dtype=float) ** jnp.arange(num_skips)
+
+
+# --- learned scaling --------------------------------------------------------------------------------------------------
 
 
 class LearnedScale(nn.Module):
@@ -38,34 +47,45 @@ class LearnedScale(nn.Module):
 
     `form="token"`: features [B, L, D] are averaged over D, and the gate is one number per token, [B, L, 1]. This is
     what was released for U-ViT; its Linear layers tie the network to L tokens.
+    `form="pooled"`: the same with the L tokens first averaged into `bins` equal stretches, and the gate of a token
+    read back from the stretches that it lies in. Any L; with L = bins it is the token form exactly.
     `form="channel"`: features [B, ..., D] are averaged over everything between, and the gate is one number per
-    channel, [B, 1, ..., D]; independent of the resolution, and the form for convolutional UNets.
+    channel, [B, 1, ..., D]. Any resolution; the form for convolutional UNets.
 
-    Both: Linear(n -> n // reduction), ReLU, Linear(-> n), sigmoid, computed in at least float32.
-    Initialisation U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases: gates start near 0.5.
-    Source: Huang et al. 2023, Section 4 (LS). Differs: the channel form is not in the released code.
+    All: Linear(n -> n // reduction), ReLU, Linear(-> n), sigmoid, computed in at least float32. A module called at
+    several skips is shared among them (LS); one module a skip is the released "non-share" variant.
+    Initialisation U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, so gates start near 0.5.
+
+    Raises: `ValueError` for an unknown form, or features that a form does not take.
+    Source: Huang et al. 2023, Section 4 (LS). Differs: only the token form is in the released code.
     """
 
     form: str = "token"
     reduction: int = 16
+    bins: int = 64
+    """Of the pooled form only."""
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        if self.form == "channel":
+            gate = self._gate(wide.mean(axis=tuple(range(1, features.ndim - 1))))  # [B, D]
+            return gate.reshape(gate.shape[0], *(1,) * (features.ndim - 2), gate.shape[-1])
+        if self.form not in ("token", "pooled"):
+            raise ValueError(f"unknown form {self.form!r}: token, pooled or channel")
+        if features.ndim != 3:
+            raise ValueError(f"the {self.form} form takes features [B, L, D], not {features.shape}")
+        squeezed = wide.mean(axis=-1)  # [B, L]
         if self.form == "token":
-            if features.ndim != 3:
-                raise ValueError(f"the token form takes features [B, L, D], not {features.shape}")
-            squeezed = wide.mean(axis=-1)  # [B, L]
-        elif self.form == "channel":
-            squeezed = wide.mean(axis=tuple(range(1, features.ndim - 1)))  # [B, D]
-        else:
-            raise ValueError(f"unknown form {self.form!r}: token or channel")
+            return self._gate(squeezed)[:, :, None]
+        length = features.shape[1]
+        binned = squeezed @ jnp.asarray(overlaps(length, self.bins), wide.dtype)  # [B, bins]
+        return (self._gate(binned) @ jnp.asarray(overlaps(self.bins, length), wide.dtype))[:, :, None]
+
+    def _gate(self, squeezed: jax.Array) -> jax.Array:
         size = squeezed.shape[-1]
         hidden = nn.relu(UniformDense(max(1, size // self.reduction), name="squeeze")(squeezed))
-        gate = nn.sigmoid(UniformDense(size, name="excite")(hidden))
-        if self.form == "token":
-            return gate[:, :, None]
-        return gate.reshape(gate.shape[0], *(1,) * (features.ndim - 2), size)
+        return nn.sigmoid(UniformDense(size, name="excite")(hidden))
 
 
 class UniformDense(nn.Module):
@@ -85,6 +105,20 @@ class UniformDense(nn.Module):
         return inputs @ kernel + bias
 
 
+def overlaps(source: int, target: int) -> np.ndarray:
+    """[source, target] matrix that averages a line of `source` equal cells into one of `target` equal cells.
+
+    Entry (s, t) is the share of target cell t that source cell s covers; columns sum to one, and it is the identity
+    where the two are equal.
+    """
+    starts, ends = np.arange(source)[:, None] * target, np.arange(1, source + 1)[:, None] * target
+    lows, highs = np.arange(target)[None] * source, np.arange(1, target + 1)[None] * source
+    return np.maximum(np.minimum(ends, highs) - np.maximum(starts, lows), 0) / source
+
+
+# --- what the theorems predict ----------------------------------------------------------------------------------------
+
+
 def theorem31_prediction(scales: ArrayLike, *, input_norm_squared: ArrayLike = 1.0, gain: ArrayLike = 1.0) -> jax.Array:
     """Expected squared norms E||h_i||^2 of the decoder features at initialisation, i = 0 .. N.
 
@@ -94,7 +128,7 @@ def theorem31_prediction(scales: ArrayLike, *, input_norm_squared: ArrayLike = 1
 
         E||h_N||^2 = g^(N+1) ||x||^2,    E||h_i||^2 = g ( kappa_{i+1}^2 g^(i+1) ||x||^2 + E||h_{i+1}||^2 ),
 
-    which for gain 1 is ||x||^2 ( sum_{j > i} kappa_j^2 + 1 ).
+    which for gain 1 is ||x||^2 ( sum_{j > i} kappa_j^2 + 1 ), that is 1 + sum(scales[i:] ** 2).
     Source: Huang et al. 2023, Theorem 3.1. Differs: the theorem bounds the norm by c1 ||x||^2 sum_{j >= i} kappa_j^2
     + c2 with constants left open and the sum starting one earlier; read literally (every matrix N(0, 2/m)) the gain
     is 2, the weights are geometric, and scaling the skips hardly changes the norm.
@@ -113,20 +147,28 @@ def theorem31_prediction(scales: ArrayLike, *, input_norm_squared: ArrayLike = 1
 def lemma32_input_norm(mean_alpha_bar: ArrayLike, dimension: int) -> jax.Array:
     """E||x_t||^2 of a noised image x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps with x_0 uniform in [-1, 1]^m.
 
-    Equals (1 - 2 E[abar] / 3) m. Source: Huang et al. 2023, Lemma 3.2.
+    Equals (1 - 2 E[abar] / 3) m, since E x_0^2 = 1/3. Source: Huang et al. 2023, Lemma 3.2.
     """
     return (1.0 - 2.0 * jnp.asarray(mean_alpha_bar) / 3.0) * dimension
 
 
 def theorem33_ratio(
-    gradient_norm_squared: ArrayLike, loss: ArrayLike, input_norm_squared: ArrayLike, scales: ArrayLike, skip: int
+    gradient_norm_squared: ArrayLike,
+    loss: ArrayLike,
+    input_norm_squared: ArrayLike,
+    scales: ArrayLike,
+    skip: ArrayLike,
 ) -> jax.Array:
-    """A block's squared gradient norm over 4 l ||x||^2 (sum_{j >= i} kappa_j^2 + 1), for the block of skip i = `skip`.
+    """A block's squared gradient norm over 4 l ||x||^2 (sum_{j >= i} kappa_j^2 + 1), for the blocks of skip i = `skip`.
 
-    Theorem 3.3 says that this stays of order one, whatever the scaling. `skip` counts from 0, the outermost.
-    Source: Huang et al. 2023, Theorem 3.3, with the constant made explicit for a squared-error loss.
+    Theorem 3.3 says that this stays of order one, whatever the scaling. `skip` counts from 0, the outermost; the loss
+    is the sum ||eps - eps_theta||^2, not its mean over pixels.
+    Source: Huang et al. 2023, Theorem 3.3. Differs: the theorem leaves its constants open; this is the value for a
+    squared error and gain-1 blocks if the matrices of the forward and backward passes were independent. They are the
+    same matrices, so values of about 1 to 20 are what one sees.
     """
-    total = jnp.sum(jnp.asarray(scales)[skip:] ** 2) + 1.0
+    scales = jnp.asarray(scales)
+    total = jnp.sum(jnp.where(jnp.arange(scales.shape[0]) >= skip, scales**2, 0)) + 1.0
     return jnp.asarray(gradient_norm_squared) / (4.0 * jnp.asarray(loss) * jnp.asarray(input_norm_squared) * total)
 
 
