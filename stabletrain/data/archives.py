@@ -10,7 +10,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from stabletrain.data.arrays import NPZ_ERRORS, RawArrays, as_images, as_labels, map_member, read_member
 from stabletrain.data.sources import RowSource
 from stabletrain.data.spec import Images, Labels, Split
-from stabletrain.data.stores import Store
+from stabletrain.data.stores import Store, base_name
 from stabletrain.errors import DataError
 
 # --- CIFAR ------------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
             gzipped = file.read(2) == b"\x1f\x8b"
         with tarfile.open(path, "r:gz") if gzipped else tarfile.open(path, "r:") as archive:
             for member in archive:
-                name = PurePosixPath(member.name).name
+                name = base_name(member.name)
                 if member.isfile() and CIFAR_MEMBER.fullmatch(name) and member.size <= LARGEST_MEMBER:
                     stream = archive.extractfile(member)
                     assert stream is not None  # only for what is no file
@@ -69,7 +69,7 @@ def tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
 def store_members(store: Store) -> Iterator[tuple[str, bytes]]:
     """The same of an unpacked CIFAR archive."""
     for path, size in store.sizes.items():
-        name = PurePosixPath(path).name
+        name = base_name(path)
         if CIFAR_MEMBER.fullmatch(name) and size <= LARGEST_MEMBER:
             yield name, store.open_bytes(path)
 
@@ -155,7 +155,7 @@ def read_idx(store: Store, wanted: str = "") -> RawArrays:
     """
     found: dict[str, dict[tuple[str, str], str]] = {}
     for path in store.sizes:
-        match = IDX_NAME.fullmatch(PurePosixPath(path).name)
+        match = IDX_NAME.fullmatch(base_name(path))
         if match:
             split = "train" if match["split"] == "train" else "test"
             found.setdefault(match["set"], {})[split, match["kind"]] = path
@@ -191,7 +191,7 @@ def read_downsampled_imagenet(store: Store) -> tuple[Split, Split]:
     """
     if not store.place.is_dir():
         raise DataError(f"unpack {store.place}: its batches are read from the disk, image by image")
-    paths = {PurePosixPath(name).name: store.place / name for name in store.sizes}
+    paths = {base_name(name): store.place / name for name in store.sizes}
     batches = sorted((int(match[1]), paths[name]) for name in paths if (match := IMAGENET_BATCH.fullmatch(name)))
     missing = sorted(set(range(1, 11)) - {number for number, _ in batches})
     if missing or "val_data.npz" not in paths:

@@ -6,12 +6,11 @@ import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import numpy as np
 
 from stabletrain.data.arrays import HOLD_OUT, every
-from stabletrain.data.stores import Store
+from stabletrain.data.stores import Store, base_name
 from stabletrain.errors import DataError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -52,8 +51,8 @@ def image_lists(store: Store) -> FileLists:
     images = [name for name in store.sizes if name.lower().endswith(IMAGE_ENDINGS)]
     if not images:
         raise DataError(f"{store.place} holds no images ({', '.join(IMAGE_ENDINGS[:4])}, ...)")
-    depth = len(shared_folder(images).parts)
-    inside = {name: PurePosixPath(name).parts[depth:] for name in images}
+    depth = shared_depth(images)
+    inside = {name: tuple(name.split("/")[depth:]) for name in images}
     splits = _split_folders(inside)
     labelled = {name: len(parts) > 1 for split in splits for name, parts in split.items()}
     if len(set(labelled.values())) > 1:
@@ -105,12 +104,11 @@ def _hold_out(files: Parts, labels: Mapping[str, int]) -> list[Parts]:
     ]
 
 
-def shared_folder(names: Sequence[str]) -> PurePosixPath:
-    """The deepest folder that encloses every file (as zips have one around everything)."""
-    parents = [PurePosixPath(name).parts[:-1] for name in names]
-    first, last = min(parents), max(parents)  # what these two share, all that lie between them share
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last))
-    return PurePosixPath(*(part for part, _ in same))
+def shared_depth(names: Sequence[str]) -> int:
+    """How many folders enclose every file (zips have one around everything)."""
+    first, last = min(names).split("/")[:-1], max(names).split("/")[:-1]
+    # What these two share, all that lie between them in order share.
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))
 
 
 # --- published layouts ------------------------------------------------------------------------------------------------
@@ -174,7 +172,7 @@ def celeba_lists(store: Store) -> FileLists:
 
     Images 0 are for training, 2 for testing, as the papers do. Raises: `DataError` when the list is missing.
     """
-    listed = next((name for name in store.sizes if PurePosixPath(name).name == CELEBA_MARKER), None)
+    listed = next((name for name in store.sizes if base_name(name) == CELEBA_MARKER), None)
     beside = store.place.parent / CELEBA_MARKER
     if listed:
         text = _text(store, listed)
@@ -184,9 +182,7 @@ def celeba_lists(store: Store) -> FileLists:
         raise DataError(f"{store.place} needs {CELEBA_MARKER} beside it (CelebA's train, validation and test split)")
     split_of = dict(line.split()[:2] for line in text.splitlines() if len(line.split()) > 1)
     images = [name for name in store.sizes if name.lower().endswith(IMAGE_ENDINGS)]
-    train, test = (
-        tuple(name for name in images if split_of.get(PurePosixPath(name).name) == flag) for flag in ("0", "2")
-    )
+    train, test = (tuple(name for name in images if split_of.get(base_name(name)) == flag) for flag in ("0", "2"))
     if not train:
         raise DataError(f"{store.place} holds no training image of {CELEBA_MARKER}")
     return FileLists(FileList(train, None), FileList(test, None), ())
@@ -198,7 +194,7 @@ CELEBA_ARCHIVE = "img_align_celeba"
 
 def layout_of(store: Store) -> Callable[[Store], FileLists]:
     """How the pictures in this store are laid out, by the lists that lie with them."""
-    names = {PurePosixPath(name).name for name in store.sizes if name.endswith(".txt")}
+    names = {base_name(name) for name in store.sizes if name.endswith(".txt")}
     if {"wnids.txt", "val_annotations.txt"} <= names:
         return tiny_imagenet_lists
     if {"train_test_split.txt", "image_class_labels.txt"} <= names:
@@ -218,4 +214,4 @@ def _text(store: Store, name: str) -> str:
 
 
 def _root_of(store: Store, marker: str) -> str:
-    return next(name.removesuffix(marker) for name in store.sizes if PurePosixPath(name).name == marker)
+    return next(name.removesuffix(marker) for name in store.sizes if base_name(name) == marker)

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from stabletrain.data.crops import Crop, celeba_crop, centre_crop, is_grey, open
 from stabletrain.data.locate import Place, locate, named, what_to_put
 from stabletrain.data.sources import ArraySource, EncodedSource, ResizedSource
 from stabletrain.data.spec import Dataset, DataSpec, Split
-from stabletrain.data.stores import FolderStore, Store, open_store
+from stabletrain.data.stores import FolderStore, Store, base_name, open_store
 from stabletrain.errors import ConfigError, DataError
 
 __all__ = ["Dataset", "list_datasets", "load_dataset"]
@@ -92,7 +92,7 @@ def _read(path: Path, info: DatasetInfo | None, image_size: int | None) -> Loade
     if kind == "tar":
         return _from_arrays(archives.read_cifar(archives.tar_members(path), path), image_size)
     store = FolderStore(path.parent, recursive=False) if kind == "idx" else open_store(path)
-    names = {PurePosixPath(name).name for name in store.sizes}
+    names = {base_name(name) for name in store.sizes}
     if any(archives.IDX_NAME.fullmatch(name) for name in names):
         wanted = "emnist-balanced-" if info is not None and info.name == "emnist" else ""
         return _from_arrays(archives.read_idx(store, wanted), image_size)
@@ -178,8 +178,8 @@ def _from_pictures(store: Store, info: DatasetInfo | None, image_size: int | Non
             refuse_colour=look.refuse_colour,
         )  # fmt: skip
         splits.append(Split(source, None if files.labels is None else np.asarray(files.labels, np.int32)))
-    depth = len(folders.shared_folder(names).parts)
-    relative = ["/".join(PurePosixPath(name).parts[depth:]) for name in names]
+    depth = folders.shared_depth(names)
+    relative = [name.split("/", depth)[-1] for name in names]
     fingerprint = fingerprints.of_files(
         relative, [store.sizes[name] for name in names], open_bytes,
         f"{look.rule} {look.shape} {len(lists.train.names)} {lists.train.labels} {lists.test.labels}",

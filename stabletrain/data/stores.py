@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
@@ -97,8 +97,13 @@ class ZipStore:
             raise DataError(f"cannot read {name} in {self.place}: {error}") from error
 
 
+def base_name(name: str) -> str:
+    """The part of a name behind its last slash."""
+    return name.rsplit("/", 1)[-1]
+
+
 def _hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+    return any(part.startswith((".", "__MACOSX")) and part != "." for part in name.split("/"))
 
 
 def open_store(path: Path) -> Store:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -194,15 +194,46 @@ def test_preparing_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
         prepare_dataset("tiny-imagenet")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed (extra tfds)")
-def test_what_tfds_itself_prepares_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A set built by TFDS's own writer, in array_record format."""
+@pytest.mark.filterwarnings("default")  # TensorFlow's own
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_what_tfds_itself_prepares_is_read(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set with MNIST's name and features, prepared by `tfds.prepare` with TFDS's own writers and encoders."""
     import tensorflow_datasets
 
-    with tensorflow_datasets.testing.mock_data(num_examples=3, use_in_cache=False):
-        builder = tensorflow_datasets.builder("mnist", data_dir=tfds.data_dir(), file_format="array_record")
-        builder.download_and_prepare()
-    assert load_dataset("mnist").spec.channels == 1
+    images = pixels(9, 28, 1)
+
+    class Mnist(tensorflow_datasets.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        """MNIST, of random images."""
+
+        VERSION = tensorflow_datasets.core.Version("3.0.1")
+
+        def _info(self) -> object:
+            features = tensorflow_datasets.features.FeaturesDict(
+                {
+                    "image": tensorflow_datasets.features.Image(shape=(28, 28, 1)),
+                    "label": tensorflow_datasets.features.ClassLabel(num_classes=10),
+                }
+            )
+            return tensorflow_datasets.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager: object) -> dict[str, object]:
+            return {"train": self._generate_examples(0, 6), "test": self._generate_examples(6, 9)}
+
+        def _generate_examples(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, object]]]:
+            yield from ((index, {"image": images[index], "label": index}) for index in range(start, stop))
+
+    def builder(name: str, *, data_dir: Path, **options: object) -> Mnist:
+        return Mnist(data_dir=data_dir, file_format=file_format)
+
+    monkeypatch.setattr(tfds, "online", lambda: True)
+    monkeypatch.setattr(tensorflow_datasets, "builder", builder)
+    dataset = load_dataset("mnist")
+    assert (dataset.spec.train_count, dataset.spec.test_count) == (6, 3)
+    for split in (dataset.train, dataset.test):
+        assert split.labels is not None
+        np.testing.assert_array_equal(split.images.read(np.arange(len(split))), images[split.labels])
 
 
 def test_a_failure_within_tfds_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
