@@ -26,6 +26,7 @@ from stabletrain.diffusion.config import DiffusionConfig, filled
 from stabletrain.diffusion.processes import PROCESSES, Array, noised
 from stabletrain.diffusion.sampling import Generator, Settings, grid_labels, grid_png
 from stabletrain.errors import ConfigError, DataError
+from stabletrain.metrics.classifier import dataset_classifier
 from stabletrain.training.devices import batch_shardings, compute_dtype, replicated
 from stabletrain.training.ema import average_decay, start_average, update_average
 from stabletrain.training.experiment import Batch, Evaluation, EvaluationContext, Metrics
@@ -342,8 +343,6 @@ class DiffusionExperiment:
         files = {f"samples/{step:08d}.png": grid_png(images[:shown], names)}
         judged = filled(self.config.eval_samples)
         if judged:
-            from stabletrain.metrics.classifier import dataset_classifier
-
             classifier = dataset_classifier(self.dataset, seed=0, context=context)
             found = np.argmax(np.asarray(classifier.logits(images[-judged:])), axis=-1)
             agreement = float(np.mean(found == labels[-judged:]))
