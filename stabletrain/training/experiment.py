@@ -71,6 +71,9 @@ class Experiment(Protocol):
     def evaluate(self, state: State, step: int, context: EvaluationContext) -> Evaluation:
         """Scalars and artefacts. Must call `context.tick` often: at least once a second of work."""
 
+    def weights(self, state: State) -> Mapping[str, Any]:
+        """The parameters to use and to export, the preferred ones first: `ema` where an average is kept, `raw`."""
+
 
 @dataclass(frozen=True)
 class Shorthand:

@@ -1,0 +1,160 @@
+"""`stabletrain sample` and `stabletrain evaluate`: what a trained model makes, and how good it is."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stabletrain.cli.families import all_families
+from stabletrain.cli.options import fields_with_types, parameters, typed_values, union_of
+from stabletrain.cli.progress import OpenReporter, make_reporter
+from stabletrain.cli.stored import Trained, Work, find_run, load_trained
+from stabletrain.cli.text import number, pairs, print_json
+from stabletrain.cli.train import shown_path
+from stabletrain.errors import EXIT_OK, ConfigError, RunDirectoryError
+from stabletrain.training.config import checked_values
+from stabletrain.training.experiment import Family
+
+DESCRIPTION = "samples.json"
+"""Says how the samples of a folder were made."""
+SCRATCH = ".unfinished"
+
+COMMON = {
+    "run": (str, typer.Argument(..., metavar="RUN", help="Run directory, or its name below ./runs.")),
+    "out": (
+        Path | None,
+        typer.Option(None, "--out", "-o", metavar="DIR", help="Folder. [default: RUN/samples/<step>-<settings>]"),
+    ),
+    "step": (int | None, typer.Option(None, "--step", help="Step of the checkpoint. [default: the newest]")),
+    "devices": (int, typer.Option(0, "--devices", help="Devices to use; 0: all.", min=0, show_default=False)),
+    "as_json": (bool, typer.Option(False, "--json", help="Print one JSON document.")),
+    "quiet": (bool, typer.Option(False, "--quiet", "-q", help="No progress on stderr.")),
+}
+"""Options of `sample` whatever the family: name -> (type, option)."""
+
+
+def sample_command() -> Callable[..., int]:
+    """The command, with the sampling options of every family that samples."""
+
+    def sample(
+        run: str, out: Path | None, step: int | None, devices: int, as_json: bool, quiet: bool, **given: Any
+    ) -> int:
+        path = find_run(run)
+        trained = load_trained(path, with_data=False, step=step, devices=devices)
+        folder, files = _sample(trained, given, out, quiet=quiet)
+        if as_json:
+            done = {"run_dir": trained.run.path, "status": "sampled", "step": trained.step, "metrics": {}}
+            print_json({**done, "out": folder, "files": files})
+        else:
+            print(pairs({"samples": str(shown_path(folder.absolute())), "files": _shortened(files)}))
+        return EXIT_OK
+
+    options = {
+        family.name: fields_with_types(family.sample_options) for family in all_families() if family.sample_options
+    }
+    kind = inspect.Parameter.KEYWORD_ONLY
+    common = [inspect.Parameter(name, kind, default=info, annotation=of) for name, (of, info) in COMMON.items()]
+    panel = "Sampling" if len(options) < 2 else f"Sampling (by family: {', '.join(options)})"
+    sample.__signature__ = inspect.Signature([*common, *parameters(union_of(options), panel)])  # type: ignore[attr-defined]
+    sample.__annotations__ = {}
+    sample.__doc__ = """Make samples with a trained model. Needs no data set.
+
+    Interrupted, it keeps the finished part, and the same command goes on from there.
+    """
+    return sample
+
+
+def _sample(trained: Trained, given: Mapping[str, Any], out: Path | None, *, quiet: bool) -> tuple[Path, list[str]]:
+    family = trained.family
+    if family.sample is None or family.sample_options is None:
+        raise ConfigError(f"{trained.run.path} is a run of {family.name}, which makes no samples")
+    values = _sampling_values(family, given)
+    settings = {"run": trained.run.path.name, "step": trained.step, "options": values}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    folder = out or trained.run.path / "samples" / f"{trained.step:08d}-{digest}"
+    _refuse_other_content(folder, settings)
+    options = family.sample_options(**values)
+
+    def work(reporter: OpenReporter) -> Mapping[str, bytes]:
+        from stabletrain.training.signals import StopRequest
+
+        assert family.sample is not None
+        with StopRequest() as stop:
+            return family.sample(trained.experiment, trained.state, options, Work(folder / SCRATCH, reporter, stop))
+
+    from stabletrain.training.run_directory import readable_errors
+
+    with readable_errors(folder), make_reporter(quiet=quiet) as reporter:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DESCRIPTION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        files = work(reporter)
+        for name, content in files.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    return folder, list(files)
+
+
+def _sampling_values(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
+    assert family.sample_options is not None
+    typed = typed_values(fields_with_types(family.sample_options), given, what=f"option of sampling from {family.name}")
+    return checked_values(family.sample_options, typed)
+
+
+def _refuse_other_content(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Samples of other settings are not mixed with these, nor other files overwritten."""
+    if folder.is_file():
+        raise RunDirectoryError(f"{folder} is a file: choose another --out")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RunDirectoryError(f"{folder} is not empty: choose another --out") from None
+    if found != json.loads(json.dumps(settings)):
+        raise RunDirectoryError(f"{folder} holds samples of other settings (its {DESCRIPTION}): choose another --out")
+
+
+def _shortened(files: list[str]) -> str:
+    return ", ".join(files) if len(files) <= 6 else f"{', '.join(files[:3])}, ... {files[-1]} ({len(files)} files)"
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or its name below ./runs.")],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint. [default: the newest]")] = None,
+    devices: Annotated[int, typer.Option(help="Devices to use; 0: all.", min=0, show_default=False)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> int:
+    """Evaluate a run's checkpoint as training does. The run's own rows are left as they are.
+
+    Scores go to RUN/eval/evaluate-<step>.json, pictures to where the training puts them.
+    """
+    from stabletrain.training.signals import StopRequest
+
+    trained = load_trained(find_run(run), with_data=True, step=step, devices=devices)
+    scratch = trained.run.path / "eval" / f".evaluate-{trained.step}"
+    with make_reporter(quiet=quiet) as reporter, StopRequest() as stop:
+        found = trained.experiment.evaluate(trained.state, trained.step, Work(scratch, reporter, stop))
+    scores = {name: float(value) for name, value in found.scalars.items()}
+    for name, content in found.files.items():
+        trained.run.write_file(name, content)
+    document = json.dumps({"step": trained.step, **scores}, indent=2) + "\n"
+    trained.run.write_file(f"eval/evaluate-{trained.step}.json", document.encode())
+    shutil.rmtree(scratch, ignore_errors=True)
+    if as_json:
+        done = {"run_dir": trained.run.path, "status": "evaluated", "step": trained.step, "metrics": scores}
+        print_json({**done, "files": list(found.files)})
+    else:
+        print(pairs({"step": f"{trained.step:,}", **{name: number(value) for name, value in scores.items()}}))
+        for name in found.files:
+            print(shown_path(trained.run.path / name))
+    return EXIT_OK
