@@ -144,6 +144,8 @@ def _from_arrays(raw: arrays.RawArrays, image_size: int | None) -> Loaded:
 
 
 def _from_splits(train: Split, test: Split, class_names: tuple[str, ...], image_size: int | None) -> Loaded:
+    if train.images.shape[:2] == (image_size, image_size):
+        image_size = None  # nothing to do, and the same data as without saying so
     hashed: list[tuple[str, np.ndarray | None]] = []
     for name, split in (("train", train), ("test", test)):
         images = split.images.array()
@@ -156,7 +158,7 @@ def _from_splits(train: Split, test: Split, class_names: tuple[str, ...], image_
 
 
 def _resized(split: Split, image_size: int | None) -> Split:
-    if image_size is None or split.images.shape[:2] == (image_size, image_size):
+    if image_size is None:
         return split
     return replace(split, images=ResizedSource(split.images, centre_crop(image_size), image_size))
 

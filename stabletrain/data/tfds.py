@@ -168,10 +168,13 @@ def _labels(info: DatasetInfo, split: str, records: Records, description: bytes)
             )
         labels[index] = value[0]
     if large:
-        kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, labels)
-        partial.replace(kept)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            np.save(partial, labels)
+            partial.replace(kept)
+        except OSError as error:
+            raise DataError(f"cannot write {kept}: {error.strerror}; set STABLETRAIN_HOME to another folder") from error
     return labels
 
 

@@ -336,6 +336,11 @@ def test_the_celeba_crop_is_the_papers() -> None:
         celeba_crop(64)(Image.new("RGB", (100, 100)))
 
 
+def test_asking_for_the_size_that_the_images_have_changes_nothing() -> None:
+    """The same pixels under the same fingerprint."""
+    assert load_dataset("digits", image_size=8).spec == load_dataset("digits").spec
+
+
 def test_image_size_resizes_arrays_and_pictures_alike(tmp_path: Path) -> None:
     """The same pixels from an .npz and from a folder; every source says its new shape."""
     images = pixels(5, 16)
