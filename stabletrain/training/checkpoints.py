@@ -35,6 +35,7 @@ SCHEMA = 1
 FOLDER = "checkpoints"
 UNFINISHED = "*.orbax-checkpoint-tmp"  # how Orbax names a checkpoint until it is complete
 DELETING = ".deleting"
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,24 @@ class Checkpoints:
             with _readable_errors(self.folder):
                 response.result()
             self._rotate()
+
+    def point_to_best(self, step: int | None) -> None:
+        """Names the best checkpoint in `checkpoints/best`; None when there is none (yet)."""
+        with _readable_errors(self.folder):
+            if step is None:
+                (self.folder / BEST).unlink(missing_ok=True)
+                return
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished = self.folder / f".{BEST}.tmp"
+            unfinished.write_text(f"{step}\n")
+            unfinished.replace(self.folder / BEST)
+
+    @property
+    def best(self) -> int | None:
+        """The step that `checkpoints/best` names, if its checkpoint is there."""
+        file = self.folder / BEST
+        named = file.read_text().strip() if file.is_file() else ""
+        return int(named) if named.isdecimal() and int(named) in self.steps else None
 
     def _rotate(self) -> None:
         steps = self.steps
@@ -229,10 +248,9 @@ def load_state(experiment: Experiment, run_dir: Path, which: str | int = "newest
     if which == "newest":
         step = steps[-1]
     elif which == "best":
-        best = checkpoints.clock(steps[-1]).get("best_step")
-        if best is None:
-            raise CheckpointError(f"{run_dir} has no best checkpoint: it was trained without --best-metric")
-        step = int(best)
+        if checkpoints.best is None:
+            raise CheckpointError(f"{run_dir} has no best checkpoint: that needs --best-metric, and an evaluation")
+        step = checkpoints.best
     elif str(which).isdecimal():
         step = int(which)
     else:

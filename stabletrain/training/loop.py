@@ -198,6 +198,7 @@ class _Session:
             self.state, self.clock, self.saved_step = fresh_state(self.experiment), Clock(), -1
         else:
             self.state, self.clock, self.saved_step = restored.state, Clock(**restored.clock), restored.step
+        self.checkpoints.point_to_best(self.clock.best_step)
         self.rows.import_state(self.clock.rows)
         return restored
 
@@ -261,6 +262,9 @@ class _Session:
             improved = evaluating and self._improved()
         if (improved or self._due(self.config.checkpoint_every)) and self.saved_step != self.clock.step:
             self._checkpoint()
+        if improved:
+            self.checkpoints.wait()  # what the pointer names is there
+            self.checkpoints.point_to_best(self.clock.step)
 
     def _log(self, evaluating: bool) -> None:
         """One row: the metrics since the last one, the probe, and this step's evaluation."""

@@ -12,6 +12,7 @@ import pytest
 
 from stabletrain.errors import EXIT_DIVERGED, ConfigChangedError, ConfigError, RunDirectoryError
 from stabletrain.training import journal as journal_module
+from stabletrain.training.checkpoints import Checkpoints
 from stabletrain.training.run_directory import RunDirectory
 from tests.training.toy import Told, ToyExperiment, ToySpec, run_toy
 
@@ -144,9 +145,9 @@ def test_best_checkpoint_is_kept_besides_the_newest(tmp_path: Path, mode: str):
     )
     scores = {row["step"]: row["eval/loss"] for row in rows(tmp_path / "run") if "eval/loss" in row}
     best = (min if mode == "min" else max)(scores, key=scores.__getitem__)
-    kept = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert best in kept
-    assert 24 in kept
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert {best, 24} <= set(checkpoints.steps)
+    assert checkpoints.best == best
     assert events(tmp_path / "run", "best")[-1]["step"] == best
 
 
@@ -295,8 +296,7 @@ def test_best_before_a_rollback_is_still_there_after_it(tmp_path: Path):
         inner_steps=1,
     )
     assert [event["to"] for event in events(tmp_path / "run", "rollback")] == [6]
-    kept = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert kept == {3, 24}, "3 is the best of the course that counts"
+    assert Checkpoints(tmp_path / "run").steps == [3, 24], "3 is the best of the course that counts"
 
 
 # --- failures -------------------------------------------------------------------------------------------------

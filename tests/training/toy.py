@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,11 @@ from jax.sharding import Mesh
 
 from stabletrain.data.order import batch_indices
 from stabletrain.errors import EXIT_OK, StableTrainError
+from stabletrain.training import loop
 from stabletrain.training.config import TrainConfig, fields_of, make_config, option
-from stabletrain.training.devices import make_mesh
+from stabletrain.training.devices import compile_step, make_mesh
 from stabletrain.training.ema import average_decay, start_average, update_average
 from stabletrain.training.experiment import Batch, Evaluation, EvaluationContext, Metrics, Outcome
-from stabletrain.training.loop import train
 from stabletrain.training.run_directory import RunDirectory
 from stabletrain.training.signals import StopRequest
 from stabletrain.training.stability import MonitorState, Policy, guarded_update, init_monitor
@@ -93,7 +94,7 @@ class ToyExperiment:
         self.x = rng.uniform(-1, 1, (EXAMPLES, 2)).astype(np.float32)
         self.y = np.sin(3 * self.x[:, :1]) * self.x[:, 1:]
         self._key = jax.random.key(config.seed)
-        self._policy = Policy.from_config(config)
+        self.policy = Policy.from_config(config)
         self._optimizer = optax.adam(config.learning_rate)
         self._compiled = jax.jit(self._step)
         self._compiled_init = jax.jit(self._init)
@@ -112,7 +113,7 @@ class ToyExperiment:
             params=params,
             ema=start_average(params),
             optimizer=self._optimizer.init(params),
-            monitor=init_monitor(params, self._policy),
+            monitor=init_monitor(params, self.policy),
             key=key,
             nothing=jnp.zeros((0, 3)),
         )
@@ -141,7 +142,7 @@ class ToyExperiment:
             params=state.params,
             optimizer_state=state.optimizer,
             monitor=state.monitor,
-            policy=self._policy,
+            policy=self.policy,
         )
         ema = update_average(state.ema, update.params, average_decay(batch["position"], 0.99, ramp=True))
         new = ToyState(
@@ -254,9 +255,22 @@ def run_toy(
     config = make_config(ToyConfig, values)
     run = RunDirectory.create(path, "toy", config, fresh=fresh)
     try:
-        return train(experiment(config), run=run, reporter=told or Told(), stop=stop or StopRequest())
+        with mock.patch.object(loop, "compile_step", _compiled_once):
+            return loop.train(experiment(config), run=run, reporter=told or Told(), stop=stop or StopRequest())
     finally:
         run.release()
+
+
+_programs: dict[Any, Any] = {}
+
+
+def _compiled_once(experiment: ToyExperiment, mesh: Mesh, inner_steps: int) -> Any:
+    """One program per distinct step within a test process: tracing would take most of a toy run's time."""
+    config = experiment.config
+    key = (type(experiment).step, experiment.policy, config.learning_rate, config.seed, mesh, inner_steps)
+    if key not in _programs:
+        _programs[key] = compile_step(experiment, mesh, inner_steps)
+    return _programs[key]
 
 
 def main() -> int:
@@ -266,7 +280,7 @@ def main() -> int:
     arguments = [argument for argument in arguments if argument != "--fresh"]
     given = dict(zip((name.removeprefix("--").replace("-", "_") for name in arguments[::2]), arguments[1::2]))
     out = Path(given.pop("out"))
-    defaults = {name: field.default for name, field in fields_of(ToyConfig).items()}
+    defaults: dict[str, Any] = {name: field.default for name, field in fields_of(ToyConfig).items()}
     values: dict[str, Any] = {}
     for name, text in given.items():
         default = defaults[name]
