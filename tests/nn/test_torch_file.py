@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from stabletrain.errors import DataError
+from stabletrain.nn import torch_file
 from stabletrain.nn.torch_file import read_arrays, read_torch
 from tests.nn import torch_writing as writing
 
@@ -164,9 +165,10 @@ def test_a_tensor_cannot_reach_beyond_its_storage(shape, strides, offset, count,
         read_arrays(writing.write_zip(tmp_path / "file.pth", body, {"0": bytes(4 * count)}))
 
 
-def test_things_that_hold_themselves_end(tmp_path):
+def test_things_that_hold_themselves_end(tmp_path, monkeypatch):
     with pytest.raises(DataError):
         read_arrays(writing.write_zip(tmp_path / "loop.pth", b"]q\x00h\x00a", {}))
+    monkeypatch.setattr(torch_file, "MAX_NODES", 10_000)
     doubling = b"]" + b"".join(b"q" + bytes([i]) + b"0](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60))
     with pytest.raises(DataError, match="more than"):
         read_arrays(writing.write_zip(tmp_path / "doubling.pth", doubling, {}))
@@ -195,12 +197,12 @@ def test_a_flipped_bit_in_a_zip_is_noticed(tmp_path):
 
 
 def test_random_damage_is_never_anything_but_a_data_error(tmp_path):
-    """A thousand files with a few changed bytes each: read, or refused, but never another exception."""
+    """Three hundred files with a few changed bytes each: read, or refused, but never another exception."""
     rng = np.random.default_rng(0)
     refused = 0
     for save in (writing.save_zip, writing.save_legacy):
         whole = np.frombuffer(save(tmp_path / "file.pth", ARRAYS).read_bytes(), np.uint8)
-        for _ in range(500):
+        for _ in range(150):
             damaged = whole.copy()
             damaged[rng.integers(0, len(whole), 4)] = rng.integers(0, 256, 4)
             (tmp_path / "damaged.pth").write_bytes(damaged.tobytes())
@@ -208,7 +210,7 @@ def test_random_damage_is_never_anything_but_a_data_error(tmp_path):
                 read_arrays(tmp_path / "damaged.pth")
             except DataError:
                 refused += 1
-    assert refused > 500
+    assert refused > 150
 
 
 @pytest.mark.parametrize(
