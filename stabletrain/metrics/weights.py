@@ -241,8 +241,12 @@ def add_weights(file: str | Path) -> Path:
             "other weights of the same network are given with --inception FILE, and their scores are not called FID"
         )
     target = weights_folder() / weights.file_name
-    with _only_one_process(target.parent, weights), file.open("rb") as source:
-        return _store(iter(lambda: source.read(CHUNK), b""), weights, target, str(file), None)
+    with _only_one_process(target.parent, weights):
+        try:
+            with file.open("rb") as source:
+                return _store(iter(lambda: source.read(CHUNK), b""), weights, target, str(file), None)
+        except OSError as error:
+            raise DataError(f"cannot copy {file} to {target}: {error.strerror or error}") from error
 
 
 def _known(name: str) -> WeightsFile:
