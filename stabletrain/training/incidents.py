@@ -7,14 +7,18 @@ same in one plain sentence. A number that is not finite is null in `metrics`, an
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import shutil
 import statistics
+import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from stabletrain.training.stability import MONITOR_COUNTERS, MONITOR_FLAGS, MONITOR_PREFIX, STABILITY_PREFIX
 
@@ -32,7 +36,6 @@ ACTIONS = {
 """What was done about it, as incident.json and its sentence say it."""
 
 BEFORE = 32  # steps whose median is "before" in incident.json
-_NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class FlightRecorder:
@@ -127,15 +130,34 @@ class FlightRecorder:
         return folder
 
     def export_state(self) -> dict[str, Any]:
-        """All that the recorder remembers, as plain JSON."""
-        return {"steps": [_encode(*entry) for entry in self._steps], "last_dump": dict(self._last_dump)}
+        """All that the recorder remembers, as plain JSON.
+
+        Numbers are packed: as text, a window of a large network would take longer to save than its parameters.
+        """
+        blocks: list[dict[str, Any]] = []
+        names: list[str] = []
+        for step, position, metrics in self._steps:
+            if not blocks or names != list(metrics):
+                names = list(metrics)
+                blocks.append({"names": names, "steps": [], "positions": [], "lists": [], "numbers": []})
+            block = blocks[-1]
+            block["steps"].append(step)
+            block["positions"].append(position)
+            block["lists"].append({name: value for name, value in metrics.items() if isinstance(value, list)})
+            block["numbers"].append([0.0 if isinstance(value, list) else value for value in metrics.values()])
+        for block in blocks:
+            packed = zlib.compress(np.asarray(block["numbers"], "<f8").tobytes(), level=1)
+            block["numbers"] = base64.b64encode(packed).decode()
+        return {"blocks": blocks, "last_dump": dict(self._last_dump)}
 
     def import_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what `export_state` returned, in place of what is remembered now. An empty mapping clears."""
         self._steps.clear()
-        for row in state.get("steps", []):
-            infinite = {name: _NONFINITE[kind] for name, kind in row["nonfinite"].items()}
-            self._steps.append((row["step"], row["position"], {**row["metrics"], **infinite}))
+        for block in state.get("blocks", []):
+            packed = zlib.decompress(base64.b64decode(block["numbers"]))
+            numbers = np.frombuffer(packed, "<f8").reshape(len(block["steps"]), len(block["names"])).tolist()
+            for step, position, lists, values in zip(block["steps"], block["positions"], block["lists"], numbers):
+                self._steps.append((step, position, {**dict(zip(block["names"], values)), **lists}))
         self._last_dump = {kind: int(step) for kind, step in state.get("last_dump", {}).items()}
 
 

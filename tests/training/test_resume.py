@@ -379,4 +379,4 @@ def test_checkpoint_survives_as_json(tmp_path: Path):
     clock = checkpoints.clock(checkpoints.steps[-1])
     assert clock["rows"]["steps"] == clock["step"] > 0
     assert json.loads(json.dumps(clock)) == clock
-    assert len(clock["watch"]["recorder"]["steps"]) == clock["step"]
+    assert [block["steps"] for block in clock["watch"]["recorder"]["blocks"]] == [list(range(1, clock["step"] + 1))]
