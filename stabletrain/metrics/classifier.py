@@ -32,7 +32,7 @@ from stabletrain.metrics.progress import silent
 from stabletrain.paths import cache_home
 from stabletrain.training.experiment import EvaluationContext
 
-VERSION = 1
+VERSION = 2
 """Of the network and its training: raised with every change that changes the weights, so that old files are let be."""
 
 WAIT_SECONDS = 0.2

@@ -57,13 +57,12 @@ def _normalize(x: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the classifier is trained: Adam with a cosine schedule, over at least `min_steps` and `epochs` epochs."""
+    """How the classifier is trained: Adam with a cosine schedule, `epochs` epochs within the limits of steps."""
 
     epochs: int = 20
     min_steps: int = 400
     max_steps: int = 3000
     learning_rate: float = 2e-3
-    label_smoothing: float = 0.05
 
     def batch_size(self, count: int) -> int:
         """64 for small sets, 128 above ten thousand images; never more than there are."""
@@ -96,14 +95,16 @@ def fit(
     recipe = recipe or Recipe()
     steps, batch_size = recipe.steps(count), recipe.batch_size(count)
     network = SmallClassifier(num_classes)
-    params = network.init(jax.random.key(seed), jnp.zeros((1, *images.shape), jnp.uint8))
+    key = jax.random.key(seed)
+    params = network.init(key, jnp.zeros((1, *images.shape), jnp.uint8))
     optimizer = _optimizer(recipe, steps)
     optimizer_state = optimizer.init(params)
     for position in range(steps):
         indices = batch_indices(seed, position, count, batch_size)
         params, optimizer_state = _update(
-            network, recipe, steps, params, optimizer_state, images.read(indices), labels[indices]
-        )
+            network, recipe, steps, params, optimizer_state, images.read(indices), labels[indices],
+            jax.random.fold_in(key, position),
+        )  # fmt: skip
         progress(label, position + 1, steps)
     return jax.block_until_ready(params)
 
@@ -122,15 +123,31 @@ def _update(
     optimizer_state: Any,
     images: jax.Array,
     labels: jax.Array,
+    key: jax.Array,
 ) -> tuple[Params, Any]:
+    images = _shifted(images, key)
+
     def loss(params: Params) -> jax.Array:
         logits = network.apply(params, images)[0]
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, network.num_classes), recipe.label_smoothing)
-        return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        # No label smoothing: it would put a ceiling on classifier scores (7.2 of 10 classes for a smoothing of 0.05).
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
     gradients = jax.grad(loss)(params)
     updates, optimizer_state = _optimizer(recipe, steps).update(gradients, optimizer_state, params)
     return optax.apply_updates(params, updates), optimizer_state
+
+
+def _shifted(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Each image moved by up to an eighth of its size, its edge repeated: what small training sets need most."""
+    margins = [max(1, size // 8) for size in images.shape[1:3]]
+    padded = jnp.pad(images, [(0, 0), *((margin, margin) for margin in margins), (0, 0)], mode="edge")
+    limits = jnp.array([2 * margin + 1 for margin in margins])
+    offsets = jax.random.randint(key, (len(images), 2), 0, limits)
+
+    def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
+
+    return jax.vmap(crop)(padded, offsets)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -36,7 +36,7 @@ def kept_files():
 
 def test_digits_accuracy_is_at_least_98_percent(digits_dataset):
     classifier = dataset_classifier(digits_dataset)
-    assert classifier.accuracy >= 0.98  # seeds 0 to 3 give 0.986 to 0.989
+    assert classifier.accuracy >= 0.98  # seeds 0 to 5 give 0.986 to 0.994
     assert classifier.accuracy_split == "test"
     assert classifier.name == "digits-classifier"
     images = digits_dataset.test.images.array()

@@ -12,6 +12,7 @@ import pytest
 from stabletrain.data.images import to_float
 from stabletrain.errors import ConfigError, DataError
 from stabletrain.metrics import classifier_training, evaluate
+from stabletrain.metrics.classifier import dataset_classifier
 from stabletrain.metrics.classifier_training import Recipe
 from stabletrain.metrics.evaluate import evaluate_generator, protocol_of, reference_path, reference_statistics
 from stabletrain.metrics.frechet import frechet_distance, intra_class_frechet_distance, moments
@@ -245,3 +246,23 @@ def test_wrong_samples_are_refused(dataset, context):
         evaluated(dataset, context, lambda indices: MADE[indices, :4], metrics=("fd",))
     with pytest.raises(ValueError, match="gives \\(images, labels\\)"):
         evaluated(dataset, context, lambda indices: MADE[indices], metrics=("intra-fd",))
+
+
+def test_digits_rank_real_images_before_noise(digits_dataset, context):
+    """On real data with the data set's own classifier: every score puts training images before noise."""
+    classifier = dataset_classifier(digits_dataset)
+    train = digits_dataset.train.images.array()
+    noise = np.random.default_rng(0).integers(0, 256, train.shape, dtype=np.uint8)
+    found = {}
+    for tag, images in {"real": train, "noise": noise}.items():
+        found[tag] = evaluate_generator(
+            images.__getitem__, digits_dataset, classifier,
+            num_samples=500, context=context, metrics=("fd", "cs", "pr"), tag=tag,
+        )  # fmt: skip
+    suffix = "_test_digits-classifier"
+    fd, precision = f"eval/fd500{suffix}", f"eval/precision500{suffix}"
+    score = "eval/cs500_10splits_digits-classifier"
+    assert 0 < 20 * found["real"][fd] < found["noise"][fd]
+    assert found["real"][precision] > 0.5 > found["noise"][precision]
+    assert 8 < found["real"][score] <= 10, "ten classes in nearly equal number, nearly all recognised"
+    assert found["noise"][score] < 6
