@@ -274,13 +274,13 @@ def test_an_unwritable_cache_is_one_warning_and_no_more(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values["jax_compilation_cache_dir"]
     try:
         with caplog.at_level(logging.WARNING):
             configure_backend(0, BATCH)
         assert len(caplog.records) == 1
         assert "cannot write to" in caplog.text
-        assert jax.config.jax_compilation_cache_dir is None
+        assert jax.config.values["jax_compilation_cache_dir"] is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
