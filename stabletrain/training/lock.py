@@ -2,11 +2,13 @@
 
 The lock is the operating system's (`flock`): it ends with its process, however that ends. The file's content says who
 holds it. Some network file systems do not carry such locks from one machine to another; there the heartbeat of
-status.json tells whether another machine is at work.
+status.json tells whether another machine is at work. Some have no locks at all; there the process number tells
+whether somebody on this machine is.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +20,7 @@ from pathlib import Path
 from stabletrain.errors import RunDirectoryError
 
 LOCK_FILE = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 STALE_SECONDS = 60.0  # a run on another machine that has not written a heartbeat for so long is dead
 
 
@@ -46,6 +49,10 @@ class RunLock:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunDirectoryError(self._in_use(_holder(descriptor))) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                self._refuse_living(_holder(descriptor))
             self._refuse_other_machine(_holder(descriptor))
             content = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
             os.ftruncate(descriptor, 0)
@@ -64,6 +71,11 @@ class RunLock:
     def _in_use(self, holder: dict[str, object]) -> str:
         who = f"process {holder['pid']} on {holder['host']}" if "pid" in holder else "another process"
         return f"{self._run_dir} is in use by {who}: wait for it, or stop it first"
+
+    def _refuse_living(self, holder: dict[str, object]) -> None:
+        pid = holder.get("pid")
+        if holder.get("host") == socket.gethostname() and isinstance(pid, int) and _lives(pid):
+            raise RunDirectoryError(f"{self._in_use(holder)}; if that is another program, remove {LOCK_FILE} there")
 
     def _refuse_other_machine(self, holder: dict[str, object]) -> None:
         if holder.get("host", socket.gethostname()) == socket.gethostname():
@@ -86,6 +98,16 @@ def _holder(descriptor: int) -> dict[str, object]:
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process
+        return True
+    return True
 
 
 def _release(descriptor: int) -> None:

@@ -258,7 +258,7 @@ def test_rollback_is_the_course_without_the_batches_since_the_checkpoint(tmp_pat
 
 def test_rollbacks_add_up_and_are_limited(tmp_path: Path):
     """After the first rollback the second bad batch comes at an earlier step; a third is one too many."""
-    nan = {"nan_positions": (7, 9, 12), "on_nonfinite": "rollback"}
+    nan: dict[str, Any] = {"nan_positions": (7, 9, 12), "on_nonfinite": "rollback"}
     outcome = run_toy(tmp_path / "three", **nan)
     assert outcome.status == "done"
     found = [(event["step"], event["to"], event["rollbacks"]) for event in events(tmp_path / "three", "rollback")]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +22,11 @@ from stabletrain.training.run_directory import RunDirectory, now
 from tests.training.toy import ToyConfig
 
 
-def create(path: Path, *, family: str = "toy", fresh: bool = False, **values: object) -> RunDirectory:
-    return RunDirectory.create(path, family, ToyConfig(**values), fresh=fresh)  # type: ignore[arg-type]
+def create(path: Path, *, family: str = "toy", fresh: bool = False, **values: Any) -> RunDirectory:
+    return RunDirectory.create(path, family, ToyConfig(**values), fresh=fresh)
 
 
-def create_and_release(path: Path, **values: object) -> RunDirectory:
+def create_and_release(path: Path, **values: Any) -> RunDirectory:
     run = create(path, **values)
     run.release()
     return run
@@ -129,6 +132,24 @@ def test_another_machine_holds_a_run_while_its_heart_beats(tmp_path: Path):
         create(tmp_path / "run")
     status = run.status | {"heartbeat": "2020-01-01T00:00:00.000+00:00"}
     run.write_file("status.json", json.dumps(status).encode())
+    create_and_release(tmp_path / "run")
+
+
+def test_without_locks_in_the_file_system_a_living_process_is_respected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def none(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    run = create(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match=f"in use by process {os.getpid()}"):
+        create(tmp_path / "run")
+    run.release()
+    create_and_release(tmp_path / "run")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (run.path / LOCK_FILE).write_text(json.dumps({"pid": dead.pid, "host": socket.gethostname()}))
     create_and_release(tmp_path / "run")
 
 

@@ -158,6 +158,9 @@ class ToyExperiment:
     def probe(self, state: ToyState) -> Metrics:
         return {"stability/feature_norm/hidden": jnp.linalg.norm(_hidden(state.params, self.x))}
 
+    def weights(self, state: ToyState) -> Mapping[str, Any]:
+        return {"ema": state.ema, "raw": state.params}
+
     def evaluate(self, state: ToyState, step: int, context: EvaluationContext) -> Evaluation:
         parts = []
         for part in range(self.config.eval_parts):
