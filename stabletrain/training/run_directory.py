@@ -5,6 +5,10 @@
     events.jsonl     what happened when        incidents/     the steps before something went wrong
     checkpoints/     samples/   eval/   report.html
 
+An event has a `step`, a `time` and a `kind`: spike, nonfinite, blowup, rebaseline (what the monitor saw); skip, clip,
+rollback, stop, exhausted, diverged (what was done); evaluation, best, checkpoint; resume, restart, interrupted,
+damaged-checkpoint, changed-option, changed-devices (what happened to the process).
+
 metrics.jsonl and events.jsonl only grow, but for one case: what stands beyond the point from which a run goes on
 (after a crash, or a rollback) is cut off, so that no step stands there twice.
 """

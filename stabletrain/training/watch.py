@@ -158,7 +158,8 @@ def _named(prefix: str) -> dict[str, str]:
 
 
 def _spike(metrics: Mapping[str, Any], start: str, norm_name: str) -> tuple[str, dict[str, float]]:
-    parts, numbers = [], {}
+    parts: list[str] = []
+    numbers: dict[str, float] = {}
     for quantity, value in (("loss", metrics.get(f"{start}loss")), ("gradient", metrics.get(norm_name))):
         threshold = metrics.get(f"{start}{quantity}_threshold", math.inf)
         if metrics.get(f"{start}{quantity}_spike") and value is not None:
