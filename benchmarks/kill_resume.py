@@ -126,7 +126,7 @@ def measure(command: list[str], folder: Path, *, kills: int, seed: int) -> dict[
         print(f"run {len(runs)}: {runs[-1]}", file=sys.stderr, flush=True)
     same = all(run["same_parameters"] and run["same_rows"] for run in runs)
     return {
-        "command": shlex.join(command),
+        "command": shlex.join([Path(command[0]).name, *command[1:]]),
         "kills": len(done),
         "equal": same and reference["state"] == "done",
         "undisturbed": {
@@ -137,7 +137,7 @@ def measure(command: list[str], folder: Path, *, kills: int, seed: int) -> dict[
         },
         "runs": runs,
         "moments": done,
-        "machine": machine_facts(),
+        "machine": {name: fact for name, fact in machine_facts().items() if name != "host"},
     }
 
 
