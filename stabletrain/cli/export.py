@@ -25,7 +25,7 @@ def export(
         str | None,
         typer.Option(metavar="ema|raw", help="Moving average or last weights. [default: ema where it is kept]"),
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint. [default: the newest]")] = None,
+    checkpoint: Annotated[str, typer.Option(metavar="STEP|newest|best", help="Which checkpoint.")] = "newest",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Write a run's weights as safetensors, with its configuration and a model card. Needs no data set."""
@@ -35,7 +35,7 @@ def export(
     from stabletrain.training.run_directory import readable_errors
 
     path = find_run(run)
-    trained = load_trained(path, with_data=False, step=step)
+    trained = load_trained(path, with_data=False, which=checkpoint)
     chosen, params = choose_weights(trained, weights)
     arrays = flat_arrays(params)
     facts = {"family": trained.family.name, "run": path.resolve().name, "step": str(trained.step), "weights": chosen}

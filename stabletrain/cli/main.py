@@ -9,6 +9,7 @@ Modules of this package import JAX (and NumPy) within functions only, so that `-
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -87,7 +88,9 @@ def run(arguments: Sequence[str]) -> int:
     With `--debug` errors come with their traceback; with `--json` also as a document on stdout.
     """
     debug, as_json = "--debug" in arguments, "--json" in arguments
-    _name_warnings()
+    # XLA reports on its own affairs in lines of kilobytes. It looks at this when JAX is first imported.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _arrange_logging(debug=debug)
     try:
         command = typer.main.get_command(build_app())
         given = [argument for argument in arguments if argument != "--debug"]
@@ -134,8 +137,10 @@ def _usage_message(error: TyperException) -> str:
     return message[:1].lower() + message[1:] + ("" if message.endswith("?") else see)
 
 
-def _name_warnings() -> None:
+def _arrange_logging(*, debug: bool) -> None:
     """Lets the program's own warnings be seen as such."""
+    # Orbax reads many arrays at once: of a damaged checkpoint each complains here, long after it was said in one line.
+    logging.getLogger("asyncio").setLevel(logging.WARNING if debug else logging.CRITICAL)
     logger = logging.getLogger(PROGRAM)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -147,4 +152,12 @@ def _name_warnings() -> None:
 
 def main() -> None:
     """Entry point."""
+    show = sys.unraisablehook
+
+    def show_ours(unraisable: sys.UnraisableHookArgs) -> None:
+        # Orbax closes its event loop while some of its reads of a damaged checkpoint are still to fail.
+        if "--debug" in sys.argv or str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_ours
     sys.exit(run(sys.argv[1:]))

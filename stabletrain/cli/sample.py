@@ -32,7 +32,7 @@ COMMON = {
         Path | None,
         typer.Option(None, "--out", "-o", metavar="DIR", help="Folder. [default: RUN/samples/<step>-<settings>]"),
     ),
-    "step": (int | None, typer.Option(None, "--step", help="Step of the checkpoint. [default: the newest]")),
+    "checkpoint": (str, typer.Option("newest", "--checkpoint", metavar="STEP|newest|best", help="Which checkpoint.")),
     "devices": (int, typer.Option(0, "--devices", help="Devices to use; 0: all.", min=0, show_default=False)),
     "as_json": (bool, typer.Option(False, "--json", help="Print one JSON document.")),
     "quiet": (bool, typer.Option(False, "--quiet", "-q", help="No progress on stderr.")),
@@ -44,10 +44,10 @@ def sample_command() -> Callable[..., int]:
     """The command, with the sampling options of every family that samples."""
 
     def sample(
-        run: str, out: Path | None, step: int | None, devices: int, as_json: bool, quiet: bool, **given: Any
+        run: str, out: Path | None, checkpoint: str, devices: int, as_json: bool, quiet: bool, **given: Any
     ) -> int:
         path = find_run(run)
-        trained = load_trained(path, with_data=False, step=step, devices=devices)
+        trained = load_trained(path, with_data=False, which=checkpoint, devices=devices)
         folder, files = _sample(trained, given, out, quiet=quiet)
         if as_json:
             done = {"run_dir": trained.run.path, "status": "sampled", "step": trained.step, "metrics": {}}
@@ -129,7 +129,7 @@ def _shortened(files: list[str]) -> str:
 
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or its name below ./runs.")],
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint. [default: the newest]")] = None,
+    checkpoint: Annotated[str, typer.Option(metavar="STEP|newest|best", help="Which checkpoint.")] = "newest",
     devices: Annotated[int, typer.Option(help="Devices to use; 0: all.", min=0, show_default=False)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
@@ -140,7 +140,7 @@ def evaluate(
     """
     from stabletrain.training.signals import StopRequest
 
-    trained = load_trained(find_run(run), with_data=True, step=step, devices=devices)
+    trained = load_trained(find_run(run), with_data=True, which=checkpoint, devices=devices)
     scratch = trained.run.path / "eval" / f".evaluate-{trained.step}"
     with make_reporter(quiet=quiet) as reporter, StopRequest() as stop:
         found = trained.experiment.evaluate(trained.state, trained.step, Work(scratch, reporter, stop))

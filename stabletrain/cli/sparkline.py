@@ -12,8 +12,11 @@ LOG_ABOVE = 20.0  # positive values that span more than this factor are drawn on
 
 
 def sparkline(values: Sequence[float | None], width: int = 24) -> str:
-    """`values` from left to right, averaged into at most `width` bars; a cross where one is null or not finite."""
-    if not values:
+    """`values` from left to right, averaged into at most `width` bars; a cross where one is null or not finite.
+
+    Fewer than two values have no course, and no line.
+    """
+    if len(values) < 2:
         return ""
     count = min(width, len(values))
     edges = [round(index * len(values) / count) for index in range(count + 1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stabletrain.cli.families import family_called
 from stabletrain.cli.progress import OpenReporter
 from stabletrain.cli.train import RUNS
-from stabletrain.errors import CheckpointError, RunDirectoryError, nearest
+from stabletrain.errors import RunDirectoryError, nearest
 from stabletrain.training.config import TrainConfig, make_config
 from stabletrain.training.experiment import Experiment, Family, State
 
@@ -69,46 +68,28 @@ class Trained:
     step: int
 
 
-def load_trained(path: Path, *, with_data: bool, step: int | None = None, devices: int = 0) -> Trained:
-    """The model of a run at its newest complete checkpoint, or at that of `step`. Nothing in the run is changed.
+def load_trained(path: Path, *, with_data: bool, which: str = "newest", devices: int = 0) -> Trained:
+    """The model of a run at one of its checkpoints: `newest`, `best`, or a step. Nothing in the run is changed.
 
     Without data the experiment is built from what the record says of them: enough to sample and to export.
     `devices` as in the configuration; those that the run was trained on need not be there.
 
     Raises: `RunDirectoryError`, `CheckpointError` with the steps that there are, `DataError`.
     """
-    from stabletrain.training.checkpoints import Checkpoints, DamagedCheckpointError
-    from stabletrain.training.devices import configure_backend, make_mesh, replicated
-    from stabletrain.training.state import abstract_state
+    from stabletrain.training.devices import configure_backend, make_mesh
 
     run, family = open_run(path)
     config = stored_config(run, family)
-    checkpoints = Checkpoints(run.path)
-    steps = checkpoints.steps
-    if not steps:
-        raise CheckpointError(f"{path} has no complete checkpoint yet (status: {run.status.get('state', 'unknown')})")
-    if step is not None and step not in steps:
-        raise CheckpointError(f"{path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     data_spec = None if with_data else run.record.get("data")
     if data_spec is None and not with_data:
         raise RunDirectoryError(f"{run.path / 'record.json'} does not say which data the run was made with")
     configure_backend(devices, config.batch_size)
-    mesh = make_mesh(devices, config.batch_size)
-    experiment = family.build(config, mesh=mesh, data_spec=data_spec)
-    abstract, sharding = abstract_state(experiment), replicated(mesh)
-    wanted = [step] if step is not None else steps[::-1]
-    for number in wanted:
-        try:
-            state, _ = checkpoints.read(number, abstract, sharding)
-        except DamagedCheckpointError:
-            if number == wanted[-1]:
-                raise
-            logging.getLogger("stabletrain").warning(
-                "the checkpoint of step %d is damaged: taking the one before", number
-            )
-            continue
-        return Trained(run, family, experiment, state, number)
-    raise CheckpointError(f"{path} has no readable checkpoint")
+    experiment = family.build(config, mesh=make_mesh(devices, config.batch_size), data_spec=data_spec)
+
+    from stabletrain.training.checkpoints import load_state
+
+    state, step = load_state(experiment, run.path, which)
+    return Trained(run, family, experiment, state, step)
 
 
 class Work:

@@ -182,8 +182,9 @@ def _toml(value: Any) -> str:
 
 def outcome_document(outcome: Outcome) -> dict[str, Any]:
     """The outcome as plain values: the JSON of a training command."""
-    document = {key: getattr(outcome, key) for key in ("run_dir", "status", "step", "metrics", "reason", "exit_code")}
-    return document | {"samples": newest_samples(outcome.run_dir)}
+    metrics = {name: value for name, value in outcome.metrics.items() if "/" in name}
+    document = {key: getattr(outcome, key) for key in ("run_dir", "status", "step", "reason", "exit_code")}
+    return document | {"metrics": metrics, "samples": newest_samples(outcome.run_dir)}
 
 
 def newest_samples(run_dir: Path) -> Path | None:
