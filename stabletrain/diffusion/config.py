@@ -264,7 +264,7 @@ SMALL_UVIT: dict[str, Any] = PAPER_UVIT | {
 }  # fmt: skip
 SMALL_UNET: dict[str, Any] = PAPER_UNET | {
     "width": 24, "depth": 1, "channel_multipliers": (1, 2), "attention": (), "dropout": 0.0,
-    "kappa_indexing": "per-skip", "steps": 1200, "learning_rate": 3e-3, "warmup_steps": 100, "lr_decay": "linear",
+    "kappa_indexing": "per-skip", "steps": 1000, "learning_rate": 3e-3, "warmup_steps": 100, "lr_decay": "linear",
     "beta2": 0.99, "ema_decay": 0.995, "ema_ramp": True,
 }  # fmt: skip
 """Sized for two CPU cores and images of up to 16 pixels."""

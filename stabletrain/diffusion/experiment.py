@@ -355,7 +355,7 @@ class DiffusionExperiment:
         return np.concatenate([grid_labels(self.num_classes), judged]).astype(np.int32)
 
     def _held_out_loss(self, params: Params, label: str, context: EvaluationContext) -> float:
-        fixed, total = self._held_out, self.config.eval_pairs
+        fixed, total = self.held_out_pairs, self.config.eval_pairs
         losses = []
         for start in range(0, total, HELD_OUT_CHUNK):
             context.tick(label, start, total)
@@ -373,7 +373,7 @@ class DiffusionExperiment:
         return test if usable else self.dataset.train
 
     @functools.cached_property
-    def _held_out(self) -> dict[str, np.ndarray]:
+    def held_out_pairs(self) -> dict[str, np.ndarray]:
         return self._fixed_batch(self._held_out_split, self.config.eval_pairs)
 
     def _losses_of(self, params: Params, fixed: Mapping[str, Array]) -> Array:
