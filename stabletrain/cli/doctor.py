@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -85,6 +84,8 @@ def _python() -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
+    from importlib import metadata
+
     tested = TESTED.get(sys.version_info[:2], {})
     found: dict[str, str] = {}
     for name in PACKAGES:

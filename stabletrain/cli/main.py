@@ -30,10 +30,16 @@ PROGRAM = "stabletrain"
 TRAIN, RUNS, SETUP = "Train", "Look at runs, and use them", "Data and this machine"
 
 
-def build_app() -> typer.Typer:
-    """The whole command tree. Built anew for each call, which takes a few milliseconds."""
+def build_app(*, names_command: bool = False) -> typer.Typer:
+    """The whole command tree. Built anew for each call, which takes a few milliseconds.
+
+    `names_command`: the program's own `--help` and what installs completion are left out. They would have no use, and
+    make Typer import as much again as all the rest when they are not given.
+    """
     app = typer.Typer(
         cls=PanelGroup,
+        add_completion=not names_command,
+        add_help_option=not names_command,
         context_settings=SETTINGS,
         rich_markup_mode=None,  # the plain formatter, with panels below: it starts at once and suits pipes
         pretty_exceptions_enable=False,
@@ -92,8 +98,9 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     _arrange_logging(debug=debug)
     try:
-        command = typer.main.get_command(build_app())
         given = [argument for argument in arguments if argument != "--debug"]
+        names_command = bool(given) and not given[0].startswith("-")
+        command = typer.main.get_command(build_app(names_command=names_command))
         code = command.main(args=given, prog_name=PROGRAM, standalone_mode=False)
         return int(code or 0)
     except Exception as error:

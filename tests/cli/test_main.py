@@ -1,0 +1,110 @@
+"""The program as a whole: help at once and without JAX, exit codes of a real process, completion."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from stabletrain import __version__
+from stabletrain.cli.families import FAMILIES
+from tests.cli.conftest import Command
+
+HEAVY = (
+    "jax",
+    "jaxlib",
+    "numpy",
+    "orbax",
+    "flax",
+    "optax",
+    "rich",
+    "sklearn",
+    "PIL",
+    "tensorflow_datasets",
+    "pydantic",
+)
+PROBE = f"""
+import sys
+from stabletrain.cli.main import run
+code = run(sys.argv[1:])
+print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *[[family, "--help"] for family in FAMILIES], ["sample", "-h"]])
+def test_help_imports_nothing_heavy_and_answers_at_once(arguments: list[str]) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert "Usage: stabletrain" in done.stdout
+    assert done.stderr.strip() == "[]"
+    # Seconds of the processor, which other processes of a busy machine do not count in; 0.15 are usual.
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.3
+
+
+def test_the_program_alone_shows_its_help_and_says_that_a_command_is_missing(command: Command) -> None:
+    said = command()
+    assert said.code == 2
+    assert "Usage: stabletrain" in said.out
+    for name in (*FAMILIES, "resume", "runs", "show", "sample", "evaluate", "export", "data", "weights", "doctor"):
+        assert f"  {name} " in said.out
+    assert "Usage: stabletrain data" in command("data").out
+
+
+def test_version(command: Command) -> None:
+    assert command("--version").out.strip() == f"stabletrain {__version__}"
+
+
+def test_help_lists_choices_defaults_and_panels(command: Command) -> None:
+    text = command("toy", "--help").out
+    assert "--colour red|green|blue" in text
+    assert "[default: 1,2]" in text
+    assert "--mirror / --no-mirror" in text
+    panels = [
+        line.rstrip(":") for line in text.splitlines() if line and not line.startswith(" ") and line.endswith(":")
+    ]
+    assert panels[:4] == ["Options", "Method", "Data", "Training"]
+    assert panels[-4:] == ["Stability", "Run directory", "Devices", "This command"]
+
+
+def test_a_usage_error_of_a_real_process_is_exit_code_2_on_stderr() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "stabletrain", "diffusion", "--skip-scaling", "css"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "stabletrain: error: unknown value 'css' for --skip-scaling: did you mean 'cs'?\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    """`stabletrain ... | head -1`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stabletrain", "diffusion", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    process.wait()
+    assert b"Traceback" not in said
+
+
+def test_an_error_with_json_is_a_document_too(command: Command) -> None:
+    said = command("show", "nothing", "--json")
+    assert said.code == 1
+    assert said.document == {
+        "run_dir": None,
+        "status": "failed",
+        "step": None,
+        "metrics": {},
+        "error": said.error.removeprefix("stabletrain: error: "),
+        "exit_code": 1,
+    }
