@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,17 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
     return call
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the toy that was made once."""
+    folder = tmp_path_factory.mktemp("finished") / "first"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(families.FAMILIES, "toy", lambda: FAMILY)
+        assert run(["toy", "--steps", "9", "--checkpoint-every", "6", "--out", str(folder), "--quiet"]) == 0
+    return folder
+
+
 @pytest.fixture
-def toy_run(command: Command, tmp_path: Path) -> Path:
+def toy_run(finished_run: Path, command: Command, tmp_path: Path) -> Path:
     """A finished run of the toy, at runs/first, with checkpoints at 6 and 9."""
-    said = command("toy", "--steps", 9, "--checkpoint-every", 6, "--out", "runs/first", "--quiet")
-    assert said.code == 0, said.err
-    return tmp_path / "runs" / "first"
+    return shutil.copytree(finished_run, tmp_path / "runs" / "first")
