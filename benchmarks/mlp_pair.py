@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -87,7 +88,8 @@ def main() -> None:
         "commands": {name: " ".join(["stabletrain", *command]) for name, command in COMMANDS.items()},
         "predict_zero": predict_zero(),
         "runs": runs,
-        "machine": machine_facts(),
+        "load_average_1min": round(os.getloadavg()[0], 2),
+        "machine": {name: fact for name, fact in machine_facts().items() if name not in ("host", "git")},
     }
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

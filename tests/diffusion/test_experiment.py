@@ -11,6 +11,8 @@ import optax
 import pytest
 from PIL import Image
 
+from stabletrain.data.catalogue import CATALOGUE
+from stabletrain.data.spec import DataSpec
 from stabletrain.diffusion import experiment as experiment_module
 from stabletrain.diffusion import sampling
 from stabletrain.diffusion.config import DiffusionConfig, resolve
@@ -85,13 +87,28 @@ def test_training_lowers_the_loss():
 
 @pytest.mark.parametrize("backbone", TINY)
 def test_a_step_reports_finite_numbers_and_moves_the_parameters(backbone):
-    experiment = tiny(backbone)
+    experiment = tiny(backbone, learning_rate=1e-3)  # as below: the compiled program is found in the cache
     before = experiment.init(jax.random.key(0))
     after, rows = run(experiment, [1, 1], 1)
     assert experiment.parameter_count == sum(leaf.size for leaf in leaves(before.params))
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves(after.params))
     assert any(np.any(a != b) for a, b in zip(leaves(before.params), leaves(after.params)))
     assert {"train/loss", "train/learning_rate", "stability/grad_norm"} <= rows[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dataset", "count"),
+    [("uvit", "cifar10", 44_255_328), ("uvit", "celeba64", 44_292_228), ("unet", "cifar10", 35_746_307)],
+)
+def test_the_paper_s_data_get_the_paper_s_networks_to_the_last_parameter(backbone, dataset, count):
+    """Published U-ViT-S/2, U-ViT-S/4 and the DDPM UNet; built without data."""
+    info = CATALOGUE[dataset]
+    spec = DataSpec(dataset, info.image_size, 3, info.num_classes, (), "", 1, 1)
+    config = resolve(
+        make_config(DiffusionConfig, {"backbone": backbone, "dataset": dataset, "class_conditional": False})
+    )
+    experiment = FAMILY.build(config, mesh=make_mesh(1, config.batch_size), data_spec=spec)
+    assert experiment.parameter_count == count
 
 
 def test_the_first_step_of_a_warm_up_changes_nothing():
