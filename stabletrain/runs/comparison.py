@@ -167,12 +167,18 @@ def steps_to_score(groups: Sequence[Group], metric: str, threshold: float, mode:
     return speeds
 
 
+ORDINARY_EVENTS = (
+    "start", "checkpoint", "evaluation", "best", "done", "resume", "restart", "interrupted", "changed-option",
+    "changed-devices",
+)  # fmt: skip
+"""Kinds of events that say nothing about the stability of the training."""
+
+
 def stability_counts(run: RunData) -> dict[str, int]:
-    """Events of a run by kind, without the ordinary ones."""
-    ordinary = {"checkpoint", "start", "resume", "evaluation", "done"}
+    """Events of a run by kind, without those of every run and those about the process that trained it."""
     counts: dict[str, int] = {}
     for event in run.events:
         kind = str(event.get("kind"))
-        if kind not in ordinary:
+        if kind not in ORDINARY_EVENTS:
             counts[kind] = counts.get(kind, 0) + 1
     return counts
