@@ -15,6 +15,7 @@ from stabletrain.training.experiment import Outcome, Reporter
 
 LINE_SECONDS = 10.0
 RATE_SECONDS = 30.0
+LEAST_SECONDS = 1.0  # steps are queued: the first ones come back faster than they are done
 CURVE_POINTS = 512
 ORDINARY_EVENTS = ("start", "checkpoint", "evaluation", "best", "done")
 """Events of every run, which are not told one by one."""
@@ -70,6 +71,7 @@ class Meter:
         self._seconds = 0.0
         self._last: float | None = None
         self._points: deque[tuple[float, int]] = deque()
+        self._told: float | None = None
 
     def at(self, step: int) -> None:
         """The run is at this step now."""
@@ -87,10 +89,17 @@ class Meter:
         """What follows is no training, until the next step."""
         self._last = None
 
+    def read(self, row: Mapping[str, Any]) -> None:
+        """Takes over what the loop measured, which knows when a step was done and not only when it was asked for."""
+        seconds = row.get("perf/step_seconds")
+        self._told = 1.0 / seconds if seconds else None
+
     @property
     def rate(self) -> float | None:
-        """Steps per second; None before there is anything to measure."""
-        if len(self._points) < 2 or self._points[-1][0] <= self._points[0][0]:
+        """Steps per second; None before there is enough to measure."""
+        if self._told is not None:
+            return self._told
+        if not self._points or self._points[-1][0] - self._points[0][0] < LEAST_SECONDS:
             return None
         (begun, first), (ended, last) = self._points[0], self._points[-1]
         return (last - first) / (ended - begun)
@@ -162,6 +171,7 @@ class LineReporter:
     def logged(self, *, step: int, row: Mapping[str, Any]) -> None:
         """Called after every row of metrics."""
         self._row = row
+        self._meter.read(row)
         found = evaluations(row)
         if found:
             self._say(f"{self._line(step)}  {listed(found)}")
@@ -243,6 +253,7 @@ class BarReporter:
 
     def logged(self, *, step: int, row: Mapping[str, Any]) -> None:
         """Called after every row of metrics."""
+        self._meter.read(row)
         loss = main_loss(row)
         if loss is not None:
             self._losses.append(row[loss])

@@ -130,6 +130,16 @@ def test_the_meter_starts_anew_after_a_rollback(monkeypatch: pytest.MonkeyPatch)
     assert meter.rate == pytest.approx(5.0)
 
 
+def test_the_loop_s_own_measure_counts_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, meter = Clock(monkeypatch), Meter()
+    meter.at(0)
+    clock.now += 0.1
+    meter.at(1000)
+    assert meter.rate is None, "a thousand steps were queued, not done"
+    meter.read({"perf/step_seconds": 0.25})
+    assert meter.rate == 4.0
+
+
 @pytest.mark.parametrize(
     ("names", "loss"),
     [
