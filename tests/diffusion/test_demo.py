@@ -50,7 +50,8 @@ def test_demo_makes_digits_that_a_classifier_recognises(tmp_path):
     assert outcome["status"] == "done"
     assert metrics["eval/label_agreement_300_digits-classifier_ema"] >= 0.85
     assert metrics["eval/loss_test_ema"] < 0.15  # it starts at 1
-    assert Image.open(run / "samples" / "00000400.png").height > 300
+    with Image.open(run / "samples" / "00000400.png") as grid:
+        assert grid.height > 300
     assert any(name.startswith("stability/feature_norm/skip_") for name in rows(run)[-1])
 
     made = stabletrain("sample", str(run), "--num", "5", "--label", "7", "--out", str(tmp_path / "sevens"), "--quiet")
@@ -105,6 +106,29 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     assert [picture.name for picture in pictures] == ["00000100.png", "00000190.png"]
     for picture in pictures:
         assert picture.read_bytes() == (parts.path / "samples" / picture.name).read_bytes()
+
+
+@pytest.mark.realdata
+def test_natural_images_in_colour_train_and_are_sampled(real_data, tmp_path):
+    """CIFAR-10 images from a file of the user's: labels, flips, a step that sees three channels, and their samples."""
+    values = {
+        "dataset": "cifar10", "data": str(real_data / "cifar10_exact.npz"), "backbone": "uvit", "width": 32, "depth": 2,
+        "heads": 2, "patch_size": 8, "batch_size": 16, "steps": 4, "sampling_steps": 2, "eval_samples": 0,
+        "eval_pairs": 64, "log_every": 1,
+    }  # fmt: skip
+    config = resolve(make_config(DiffusionConfig, values))
+    assert config.horizontal_flip
+    assert config.class_conditional
+    experiment = DiffusionExperiment(config, mesh=make_mesh(1, config.batch_size))
+    assert experiment.data_spec.class_names[3] == "cat"
+    run = RunDirectory.create(tmp_path / "run", "diffusion", config)
+    outcome = loop.train(experiment, run=run, reporter=Told(), stop=StopRequest())
+    run.release()
+    assert outcome.status == "done"
+    # the loss of a fresh network is near 1, the variance of the noise
+    assert 0.5 < outcome.metrics["eval/loss_test_raw"] < 2
+    with Image.open(run.path / "samples" / "00000004.png") as grid:
+        assert grid.mode == "RGB"
 
 
 def test_options_that_make_no_sense_end_in_one_line(tmp_path):
