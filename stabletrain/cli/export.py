@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stabletrain.cli.stored import Trained, find_run, load_trained
+from stabletrain.cli.stored import RUN, Trained, find_run, load_trained
 from stabletrain.cli.text import number, print_json, size
 from stabletrain.errors import EXIT_OK, ConfigError, RunDirectoryError, nearest
 
@@ -19,7 +19,7 @@ WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.toml", "READ
 
 
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or its name below ./runs.")],
+    run: Annotated[str, RUN],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the files; made if need be.")],
     weights: Annotated[
         str | None,

@@ -12,7 +12,7 @@ import typer
 from stabletrain.cli.families import all_families
 from stabletrain.cli.options import Fields, fields_with_types, parameters, typed_values, union_of
 from stabletrain.cli.progress import make_reporter
-from stabletrain.cli.stored import find_run, open_run, stored_config
+from stabletrain.cli.stored import complete_run, find_run, open_run, stored_config
 from stabletrain.cli.text import print_json
 from stabletrain.cli.train import execute, outcome_document, show_outcome
 from stabletrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
@@ -50,7 +50,9 @@ def resume_command() -> Callable[..., int]:
         inspect.Parameter(
             "runs",
             kind,
-            default=typer.Argument(..., metavar="RUN...", help="Run directories, or names below ./runs."),
+            default=typer.Argument(
+                ..., metavar="RUN...", help="Run directories, or names below ./runs.", autocompletion=complete_run
+            ),
             annotation=list[str],
         ),
         *parameters(union_of({family.name: changeable(family) for family in all_families()}), PANEL),

@@ -18,7 +18,7 @@ import typer
 from stabletrain.cli.families import FAMILIES
 from stabletrain.cli.progress import evaluations, event_text, main_loss
 from stabletrain.cli.sparkline import sparkline
-from stabletrain.cli.stored import find_run
+from stabletrain.cli.stored import RUN, find_run
 from stabletrain.cli.text import draws_unicode, duration, number, pairs, print_json, size, table
 from stabletrain.cli.train import RUNS, newest_samples, shown_path
 from stabletrain.errors import EXIT_OK, RunDirectoryError, StableTrainError
@@ -184,7 +184,7 @@ def _line(run: Summary, folder: Path) -> tuple[str, ...]:
 
 
 def show(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or its name below ./runs.")],
+    run: Annotated[str, RUN],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Show one run: how it ended, its scores, what disturbed it, its configuration and files."""

@@ -15,7 +15,7 @@ import typer
 from stabletrain.cli.families import all_families
 from stabletrain.cli.options import fields_with_types, parameters, typed_values, union_of
 from stabletrain.cli.progress import OpenReporter, make_reporter
-from stabletrain.cli.stored import Trained, Work, find_run, load_trained
+from stabletrain.cli.stored import RUN, Trained, Work, find_run, load_trained
 from stabletrain.cli.text import number, pairs, print_json
 from stabletrain.cli.train import shown_path
 from stabletrain.errors import EXIT_OK, ConfigError, RunDirectoryError
@@ -27,7 +27,7 @@ DESCRIPTION = "samples.json"
 SCRATCH = ".unfinished"
 
 COMMON = {
-    "run": (str, typer.Argument(..., metavar="RUN", help="Run directory, or its name below ./runs.")),
+    "run": (Annotated[str, RUN], inspect.Parameter.empty),
     "out": (
         Path | None,
         typer.Option(None, "--out", "-o", metavar="DIR", help="Folder. [default: RUN/samples/<step>-<settings>]"),
@@ -128,7 +128,7 @@ def _shortened(files: list[str]) -> str:
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or its name below ./runs.")],
+    run: Annotated[str, RUN],
     checkpoint: Annotated[str, typer.Option(metavar="STEP|newest|best", help="Which checkpoint.")] = "newest",
     devices: Annotated[int, typer.Option(help="Devices to use; 0: all.", min=0, show_default=False)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

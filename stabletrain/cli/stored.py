@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from stabletrain.cli.families import family_called
 from stabletrain.cli.progress import OpenReporter
 from stabletrain.cli.train import RUNS
@@ -17,6 +19,14 @@ from stabletrain.training.experiment import Experiment, Family, State
 if TYPE_CHECKING:
     from stabletrain.training.run_directory import RunDirectory
     from stabletrain.training.signals import StopRequest
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Names of runs below ./runs for the shell's completion."""
+    return [path.parent.name for path in sorted(RUNS.glob(f"{incomplete}*/config.toml"))]
+
+
+RUN = typer.Argument(metavar="RUN", help="Run directory, or its name below ./runs.", autocompletion=complete_run)
 
 
 def find_run(named: str) -> Path:

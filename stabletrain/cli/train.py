@@ -14,7 +14,7 @@ from stabletrain.cli.options import Resolved, fields_with_types, parameters, res
 from stabletrain.cli.progress import OpenReporter, evaluations, listed, main_loss, make_reporter
 from stabletrain.cli.sparkline import sparkline
 from stabletrain.cli.text import draws_unicode, duration, number, pairs, print_json
-from stabletrain.errors import EXIT_OK, StableTrainError
+from stabletrain.errors import EXIT_OK, DataError, StableTrainError
 from stabletrain.training.config import TrainConfig, run_name
 from stabletrain.training.experiment import Family, Outcome
 
@@ -144,6 +144,7 @@ def show_plan(family: Family, resolved: Resolved, path: Path, *, as_json: bool) 
     from stabletrain.training.devices import configure_backend, make_mesh
 
     config = resolved.config
+    _refuse_to_download(config)
     configure_backend(config.devices, config.batch_size, compile_cache=False)
     try:
         cost = estimate(family.build(config, mesh=make_mesh(config.devices, config.batch_size)))
@@ -157,6 +158,15 @@ def show_plan(family: Family, resolved: Resolved, path: Path, *, as_json: bool) 
         return
     print("\n".join([*_config_lines(family, resolved), ""]))
     print("\n".join(f"# {line}" for line in pairs({"run directory": str(path), **cost.lines()}).splitlines()))
+
+
+def _refuse_to_download(config: TrainConfig) -> None:
+    from stabletrain.data.catalogue import CATALOGUE
+    from stabletrain.data.locate import locate, what_to_put
+
+    info = CATALOGUE.get(config.dataset) if config.data is None else None
+    if info is not None and locate(info) is None:
+        raise DataError(f"{info.name} is not on this machine, and a dry run fetches nothing: {what_to_put(info)}")
 
 
 def _config_lines(family: Family, resolved: Resolved) -> list[str]:

@@ -142,3 +142,11 @@ def test_the_tested_versions_are_those_of_the_constraints() -> None:
         for name, version in versions.items():
             (line,) = [line for line in lines if line.startswith(f"{name}==") and sign in line.split(";")[1]]
             assert line.split(";")[0].strip() == f"{name}=={version}"
+
+
+def test_a_dry_run_fetches_nothing(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tfds, "can_prepare", lambda: True)
+    monkeypatch.setattr(tfds, "online", lambda: True)
+    said = command("diffusion", "--dataset", "mnist", "--dry-run")
+    assert said.code == 3
+    assert "a dry run fetches nothing" in said.error

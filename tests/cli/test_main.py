@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,7 @@ HEAVY = (
 )
 PROBE = f"""
 import sys
+from pathlib import Path
 from stabletrain.cli.main import run
 code = run(sys.argv[1:])
 print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
@@ -108,3 +111,30 @@ def test_an_error_with_json_is_a_document_too(command: Command) -> None:
         "error": said.error.removeprefix("stabletrain: error: "),
         "exit_code": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("stabletrain diffusion --skip-scaling l", {"ls", "ls-per-skip", "layernorm", "learned-scalar"}),
+        ("stabletrain diff", {"diffusion"}),
+        ("stabletrain show fi", {"first"}),
+        ("stabletrain sample fi", {"first"}),
+    ],
+)
+def test_the_shell_completes_commands_choices_and_runs(toy_run: Path, words: str, expected: set[str]) -> None:
+    environment = {
+        **os.environ,
+        "_STABLETRAIN_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from stabletrain.cli.main import main; main()"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=toy_run.parents[1],
+    )
+    assert set(done.stdout.split()) == expected
