@@ -72,7 +72,7 @@ def test_training_dies_without_and_lives_with_scaled_skips(tmp_path):
             "--out", str(tmp_path / scaling), "--quiet",
         )  # fmt: skip
         losses[scaling] = outcome["metrics"]["eval/loss_test_raw"]
-    assert losses["none"] > 0.97
+    assert losses["none"] > 0.95
     assert losses["cs"] < 0.9
 
 
