@@ -1,0 +1,54 @@
+"""The small networks that are compared with PyTorch, and what they are fed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stabletrain.diffusion.skips import SKIP_SCALINGS
+from stabletrain.diffusion.unet import UNet
+from stabletrain.diffusion.uvit import UViT
+from tests.diffusion.weights import Tree, inputs
+
+Case = dict[str, Any]
+
+SMALL_UVIT: Case = {
+    "image_size": 8, "channels": 2, "patch_size": 2, "width": 16, "depth": 4, "heads": 2, "num_classes": 3,
+}  # fmt: skip
+SMALL_UNET: Case = {
+    "image_channels": 2, "channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,), "heads": 2,
+    "num_classes": 3,
+}  # fmt: skip
+
+UVIT_CASES: dict[str, Case] = {
+    **{name: {**SMALL_UVIT, "skip_scaling": name} for name in SKIP_SCALINGS},
+    "unconditional": {**SMALL_UVIT, "num_classes": 0, "skip_scaling": "cs", "kappa": 0.5},
+    "time-mlp": {**SMALL_UVIT, "time_mlp": True, "final_convolution": False, "patch_size": 4, "skip_scaling": "none"},
+}
+UNET_CASES: dict[str, Case] = {
+    **{name: {**SMALL_UNET, "skip_scaling": name} for name in SKIP_SCALINGS},
+    "cs-level": {**SMALL_UNET, "skip_scaling": "cs", "kappa_indexing": "level", "kappa": 0.5},
+    "unconditional": {**SMALL_UNET, "num_classes": 0, "epsilon": 1e-5, "heads": 1, "skip_scaling": "none"},
+}
+
+
+def network_of(kind: str, name: str) -> UViT | UNet:
+    """The package's network of a case."""
+    if kind == "uvit":
+        return UViT(**UVIT_CASES[name])
+    return UNet(**UNET_CASES[name])
+
+
+def case_inputs(case: Case) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Images, times and labels of a case, in float64."""
+    return inputs(8, 2, case["num_classes"])
+
+
+def shapes_of(kind: str, name: str) -> Tree:
+    """The shapes of a case's parameters."""
+    network = network_of(kind, name)
+    labels = jnp.zeros(1, jnp.int32) if network.num_classes else None
+    return jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)), jnp.zeros(1), labels)["params"]

@@ -1,0 +1,205 @@
+"""U-ViT and the DDPM UNet in PyTorch, written apart from the package: the oracle of the fixtures.
+
+Functions of a flat dictionary of parameters in the package's own names and layouts, so that gradients compare entry by
+entry. `python -m tests.diffusion.torch_reference` writes the fixtures anew; they hold numbers only.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tests.diffusion.cases import UNET_CASES, UVIT_CASES, case_inputs, shapes_of
+from tests.diffusion.weights import by_name, filled, wave
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+class Params(dict):
+    """Parameters with the layers' own conventions undone: PyTorch wants [out, in] and OIHW."""
+
+    def linear(self, x, name):
+        return F.linear(x, self[f"{name}/kernel"].T, self.get(f"{name}/bias"))
+
+    def conv(self, x, name, stride=1, padding=1):
+        kernel = self[f"{name}/kernel"].permute(3, 2, 0, 1)
+        return F.conv2d(x, kernel, self[f"{name}/bias"], stride=stride, padding=padding)
+
+    def layer_norm(self, x, name):
+        return F.layer_norm(x, x.shape[-1:], self[f"{name}/scale"], self[f"{name}/bias"], 1e-5)
+
+    def group_norm(self, x, name, epsilon):
+        width = x.shape[1]
+        groups = min(32, width // 4)
+        assert width % groups == 0
+        return F.group_norm(x, groups, self[f"{name}/scale"], self[f"{name}/bias"], epsilon)
+
+
+def coefficients(case, count, exponents):
+    scaling, kappa = case["skip_scaling"], case.get("kappa", 0.7)
+    if scaling == "sqrt2":
+        return [math.sqrt(0.5)] * count
+    if scaling == "const":
+        return [kappa] * count
+    if scaling == "cs":
+        return [kappa**e for e in exponents]
+    return [1.0] * count
+
+
+def gate(p, name, squeezed):
+    return torch.sigmoid(p.linear(F.relu(p.linear(squeezed, f"{name}/squeeze")), f"{name}/excite"))
+
+
+def merged(p, case, i, h, s, constant, squeeze, shared_name):
+    """The concatenation [h, s] over the last axis, scaled."""
+    scaling = case["skip_scaling"]
+    s = s * constant
+    if scaling == "ls":
+        s = s * squeeze(s, shared_name)
+    elif scaling == "ls-per-skip":
+        s = s * squeeze(s, f"merge_{i}/gate")
+    elif scaling == "learned-scalar":
+        s = s * p[f"merge_{i}/coefficient"]
+    elif scaling == "mp-cat":
+        total = math.sqrt((h.shape[-1] + s.shape[-1]) / (0.5**2 + 0.5**2))
+        h, s = h * 0.5 * total / math.sqrt(h.shape[-1]), s * 0.5 * total / math.sqrt(s.shape[-1])
+    both = torch.cat([h, s], dim=-1)
+    return p.layer_norm(both, f"merge_{i}") if scaling == "layernorm" else both
+
+
+def uvit(p, case, images, times, labels):
+    size, patch, width, heads, depth = (case[k] for k in ("image_size", "patch_size", "width", "heads", "depth"))
+    channels, side, count = case["channels"], size // patch, depth // 2
+
+    def block(x, name):
+        batch, length, _ = x.shape
+        qkv = p.linear(p.layer_norm(x, f"{name}/norm1"), f"{name}/qkv")
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
+        x = x + p.linear(y, f"{name}/proj")
+        y = F.gelu(p.linear(p.layer_norm(x, f"{name}/norm2"), f"{name}/fc1"))
+        return x + p.linear(y, f"{name}/fc2")
+
+    kernel = p["patch_kernel"].permute(3, 2, 0, 1)
+    x = F.conv2d(images.permute(0, 3, 1, 2), kernel, p["patch_bias"], stride=patch).flatten(2).transpose(1, 2)
+    half = width // 2
+    angles = times[:, None] * torch.pow(10_000.0, -torch.arange(half, dtype=times.dtype) / half)
+    time = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    if case.get("time_mlp"):
+        time = p.linear(F.silu(p.linear(time, "time_0")), "time_1")
+    extras = [time]
+    if labels is not None:
+        extras = [p["label_embedding/embedding"][labels], time]
+    x = torch.cat([torch.stack(extras, dim=1), x], dim=1) + p["position_embedding"]
+
+    def squeeze(s, name):
+        return gate(p, name, s.mean(dim=-1))[..., None]
+
+    skips = []
+    for i in range(count):
+        x = block(x, f"in_block_{i}")
+        skips.append(x)
+    x = block(x, "mid_block")
+    scales = coefficients(case, count, range(count))
+    for i in range(count - 1, -1, -1):
+        both = merged(p, case, i, x, skips[i], scales[i], squeeze, "gate")
+        x = block(p.linear(both, f"skip_linear_{i}"), f"out_block_{i}")
+    x = p.linear(p.layer_norm(x, "norm"), "decoder")[:, len(extras) :]
+    # F.fold takes (C p1 p2); the network's packing is (p1 p2 C).
+    x = x.unflatten(-1, (patch * patch, channels)).transpose(-1, -2).flatten(-2)
+    x = F.fold(x.transpose(1, 2), (side * patch, side * patch), kernel_size=patch, stride=patch)
+    if case.get("final_convolution", True):
+        x = p.conv(x, "final_conv")
+    return x.permute(0, 2, 3, 1)
+
+
+def unet(p, case, images, times, labels):
+    channels, multipliers, blocks = case["channels"], case["multipliers"], case["blocks"]
+    heads, epsilon = case["heads"], case.get("epsilon", 1e-6)
+
+    half = channels // 2
+    rates = torch.exp(torch.arange(half, dtype=times.dtype) * (-math.log(10_000.0) / (half - 1)))
+    angles = times[:, None] * rates
+    time = p.linear(torch.cat([angles.sin(), angles.cos()], dim=-1), "time_0")
+    time = p.linear(F.silu(time), "time_1")
+    if labels is not None:
+        time = time + p["label_embedding/embedding"][labels]
+
+    def resblock(x, name):
+        h = p.conv(F.silu(p.group_norm(x, f"{name}/norm1", epsilon)), f"{name}/conv1")
+        h = h + p.linear(F.silu(time), f"{name}/time")[:, :, None, None]
+        h = p.conv(F.silu(p.group_norm(h, f"{name}/norm2", epsilon)), f"{name}/conv2")
+        return (p.conv(x, f"{name}/shortcut", padding=0) if f"{name}/shortcut/kernel" in p else x) + h
+
+    def attention(x, name):
+        batch, width, height, breadth = x.shape
+        h = p.group_norm(x, f"{name}/norm", epsilon).flatten(2).transpose(1, 2)
+        q, k, v = (p.linear(h, f"{name}/{n}").unflatten(-1, (heads, -1)).transpose(1, 2) for n in "qkv")
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height * breadth, width)
+        return x + p.linear(h, f"{name}/proj").transpose(1, 2).reshape(x.shape)
+
+    def stage(x, name):
+        x = resblock(x, name)
+        return attention(x, f"{name}_attention") if x.shape[-1] in case["attention_resolutions"] else x
+
+    def squeeze(s, name):
+        return gate(p, name, s.mean(dim=(1, 2)))[:, None, None]
+
+    x = p.conv(images.permute(0, 3, 1, 2), "stem")
+    skips, levels = [x], [0]
+    for level in range(len(multipliers)):
+        for block in range(blocks):
+            x = stage(x, f"down_{level}_{block}")
+            skips.append(x)
+            levels.append(level)
+        if level < len(multipliers) - 1:
+            # "SAME" with stride 2 pads even sizes at the far end only
+            x = p.conv(F.pad(x, (0, 1, 0, 1)), f"downsample_{level}", stride=2, padding=0)
+            skips.append(x)
+            levels.append(level + 1)
+    x = resblock(attention(resblock(x, "mid_block_0"), "mid_attention"), "mid_block_1")
+    count = len(skips)
+    exponents = levels if case.get("kappa_indexing") == "level" else range(count)
+    scales = coefficients(case, count, exponents)
+    for level in range(len(multipliers) - 1, -1, -1):
+        for block in range(blocks + 1):
+            i, s = len(skips) - 1, skips.pop().permute(0, 2, 3, 1)
+            both = merged(p, case, i, x.permute(0, 2, 3, 1), s, scales[i], squeeze, f"gate_{s.shape[-1]}")
+            x = stage(both.permute(0, 3, 1, 2), f"up_{level}_{block}")
+        if level:
+            x = p.conv(F.interpolate(x, scale_factor=2, mode="nearest"), f"upsample_{level}")
+    return p.conv(F.silu(p.group_norm(x, "norm", epsilon)), "final").permute(0, 2, 3, 1)
+
+
+def numbers(kind: str, name: str) -> dict[str, np.ndarray]:
+    """The output of a case, the gradient of <output, cotangent> by the images, and by every parameter.
+
+    Of each parameter's gradient, in the order of their names, two numbers are kept: its norm, and its product with a
+    wave of its own name.
+    """
+    case = {"uvit": UVIT_CASES, "unet": UNET_CASES}[kind][name]
+    network = {"uvit": uvit, "unet": unet}[kind]
+    params = by_name(filled(shapes_of(kind, name)))
+    p = Params({key: torch.tensor(value, requires_grad=True) for key, value in params.items()})
+    images, times, labels = case_inputs(case)
+    x = torch.tensor(images, requires_grad=True)
+    out = network(p, case, x, torch.tensor(times), None if labels is None else torch.tensor(labels))
+    (out * torch.tensor(wave("cotangent", tuple(out.shape)))).sum().backward()
+    gradients = [p[key].grad.numpy() for key in sorted(p)]
+    summary = [[np.linalg.norm(g), np.sum(g * wave(key, g.shape))] for key, g in zip(sorted(p), gradients)]
+    return {"output": out.detach().numpy(), "images": x.grad.numpy(), "gradients": np.array(summary)}
+
+
+def main() -> None:
+    FIXTURES.mkdir(exist_ok=True)
+    for kind, cases in (("uvit", UVIT_CASES), ("unet", UNET_CASES)):
+        everything = {f"{name}:{key}": value for name in cases for key, value in numbers(kind, name).items()}
+        np.savez_compressed(FIXTURES / f"{kind}.npz", **everything)
+
+
+if __name__ == "__main__":
+    main()
