@@ -1,0 +1,30 @@
+"""Attention is the written-out softmax average, with its softmax in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stabletrain.nn.attention import attend
+
+
+def test_attention_is_the_average_of_the_values_by_softmax():
+    q, k, v = np.asarray(jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 4)))
+    expected = np.zeros_like(v)
+    for b in range(2):
+        for h in range(3):
+            scores = np.exp(q[b, :, h] @ k[b, :, h].T / 2.0)  # sqrt(4) = 2
+            expected[b, :, h] = scores / scores.sum(axis=1, keepdims=True) @ v[b, :, h]
+    np.testing.assert_allclose(attend(q, k, v), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_softmax_survives_large_scores_and_is_float32_in_bfloat16():
+    q = 100.0 * jax.random.normal(jax.random.key(0), (1, 4, 1, 8), jnp.bfloat16)
+    out = attend(q, q, q)
+    assert out.dtype == jnp.bfloat16
+    assert jnp.isfinite(out.astype(jnp.float32)).all()
+    lines = str(jax.make_jaxpr(attend)(q, q, q)).splitlines()
+    exponentials = [line for line in lines if " = exp" in line]
+    assert exponentials
+    assert all(":f32" in line for line in exponentials)
