@@ -1,4 +1,4 @@
-"""Settings that every test shares: four virtual CPU devices, a persistent compile cache, no reach into the user's home."""
+"""Settings that all tests share: four virtual CPU devices, a compile cache, no reach into the user's home."""
 
 from __future__ import annotations
 
