@@ -207,7 +207,9 @@ class DDPM:
         alpha, sigma = _tables(self.schedule, self.count)
         if isinstance(times, np.ndarray):
             return alpha[times + 1], sigma[times + 1]
-        return jnp.asarray(alpha)[times + 1], jnp.asarray(sigma)[times + 1]
+        # A new array each time: JAX remembers arrays by identity, and so its precision from before `enable_x64`.
+        dtype = jax.dtypes.canonicalize_dtype(np.float64)
+        return jnp.asarray(alpha.astype(dtype))[times + 1], jnp.asarray(sigma.astype(dtype))[times + 1]
 
     def _network_times(self, times: Array) -> Array:
         return times.astype(jnp.float32) * (1000 / self.count)
