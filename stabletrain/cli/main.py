@@ -19,7 +19,7 @@ import typer
 from typer.exceptions import TyperException
 
 from stabletrain import __version__
-from stabletrain.cli import data, doctor, export, resume, runs, sample, weights
+from stabletrain.cli import data, doctor, export, resume, runs, sample, tensorboard, weights
 from stabletrain.cli.families import all_families
 from stabletrain.cli.help import SETTINGS, PanelCommand, PanelGroup, help_if_alone
 from stabletrain.cli.text import print_json
@@ -62,6 +62,7 @@ def build_app(*, names_command: bool = False) -> typer.Typer:
     app.command("sample", cls=PanelCommand, rich_help_panel=RUNS)(sample.sample_command())
     app.command("evaluate", cls=PanelCommand, rich_help_panel=RUNS)(sample.evaluate)
     app.command("export", cls=PanelCommand, rich_help_panel=RUNS)(export.export)
+    app.command("tensorboard", cls=PanelCommand, rich_help_panel=RUNS)(tensorboard.tensorboard)
     app.add_typer(data.app, name="data", rich_help_panel=SETUP)
     app.add_typer(weights.app, name="weights", rich_help_panel=SETUP)
     app.command("doctor", cls=PanelCommand, rich_help_panel=SETUP)(doctor.doctor)
