@@ -9,7 +9,6 @@ Modules of this package import JAX (and NumPy) within functions only, so that `-
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from stabletrain import __version__
+from stabletrain import __version__, compiler_logs
 from stabletrain.cli import data, doctor, export, resume, runs, sample, tensorboard, weights
 from stabletrain.cli.families import all_families
 from stabletrain.cli.help import SETTINGS, PanelCommand, PanelGroup, help_if_alone
@@ -95,8 +94,7 @@ def run(arguments: Sequence[str]) -> int:
     With `--debug` errors come with their traceback; with `--json` also as a document on stdout.
     """
     debug, as_json = "--debug" in arguments, "--json" in arguments
-    # XLA reports on its own affairs in lines of kilobytes. It looks at this when JAX is first imported.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    compiler_logs.silence()
     _arrange_logging(debug=debug)
     try:
         given = [argument for argument in arguments if argument != "--debug"]

@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# XLA:CPU takes tuning hints for processor features, and so prints kilobytes of errors for each program that it reads
-# from the cache on the very machine that wrote it (openxla/xla#44565). Has to be set before JAX is imported; programs
-# of other processors are kept apart below.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from stabletrain import compiler_logs
+
+compiler_logs.silence()  # before JAX is imported; programs of other processors are kept apart below
 
 import jax
 import jax.numpy as jnp

@@ -21,8 +21,8 @@ TRAIN += ("--sampling-steps", "2", "--devices", "1", "--out", "run")
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    # JAX leaves its own choice of log level in this process's environment.
-    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    # Importing JAX, as this process did, leaves a log level to its children: they must be silent all the same.
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "stabletrain", *arguments],
         cwd=folder,
