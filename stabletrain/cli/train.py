@@ -13,8 +13,9 @@ import typer
 from stabletrain.cli.options import Resolved, fields_with_types, parameters, resolve, shorthand_parameters
 from stabletrain.cli.progress import OpenReporter, evaluations, listed, main_loss, make_reporter
 from stabletrain.cli.sparkline import sparkline
+from stabletrain.cli.study import SEEDS_OPTIONS, seeds_command, seeds_of
 from stabletrain.cli.text import draws_unicode, duration, number, pairs, print_json
-from stabletrain.errors import EXIT_OK, DataError, StableTrainError
+from stabletrain.errors import EXIT_OK, ConfigError, DataError, StableTrainError
 from stabletrain.training.config import TrainConfig, run_name
 from stabletrain.training.experiment import Family, Outcome
 
@@ -39,6 +40,7 @@ RUN_OPTIONS = {
     ),
     "as_json": (bool, typer.Option(False, "--json", help="Print one JSON document on stdout.")),
     "quiet": (bool, typer.Option(False, "--quiet", "-q", help="No progress on stderr.")),
+    **SEEDS_OPTIONS,
 }
 """Options of the command that are no fields of the configuration: name -> (type, option)."""
 
@@ -77,11 +79,21 @@ def train_command(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    seeds: str | None,
+    workers: int,
     shorthands: list[str],
 ) -> int:
     """One command line of a family, from its options to its exit code."""
     resolved = resolve(family, given, preset=preset, scale=scale, shorthands=shorthands)
     path = out or RUNS / run_name(resolved.config, family.name)
+    if seeds is not None and not dry_run:
+        if fresh:
+            raise ConfigError("--fresh does nothing with --seeds: choose another --out for a new study")
+        study = out or path.with_name(path.name.rpartition("-s")[0])
+        chosen = seeds_of(seeds)
+        return seeds_command(family, resolved, study, chosen, workers=workers, as_json=as_json, quiet=quiet)
+    if workers:
+        raise ConfigError("--workers does nothing without --seeds")
     if dry_run:
         show_plan(family, resolved, path, as_json=as_json)
         return EXIT_OK
