@@ -51,6 +51,22 @@ lint: $(VENV)/.installed-lint ## Check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# table-scalelong-feature-norm is the table scalelong/feature-norm: the first dash after the paper becomes a slash.
+table_name = $(subst $(firstword $(subst -, ,$(1)))-,$(firstword $(subst -, ,$(1)))/,$(1))
+SEED_RANGE = 0-$(shell expr $(SEEDS) - 1)
+
+.SECONDARY:
+.PHONY: tables
+tables: $(VENV)/.installed ## Run what is missing of every table and render all (SCALE=small|paper SEEDS=5)
+	$(BIN)/stabletrain table --all --scale $(SCALE) --seeds $(SEED_RANGE) --run
+	$(BIN)/stabletrain table --reproducibility REPRODUCIBILITY.md
+
+table-%: $(VENV)/.installed ## One table, e.g. table-scalelong-feature-norm SCALE=small SEEDS=5
+	$(BIN)/stabletrain table $(call table_name,$*) --scale $(SCALE) --seeds $(SEED_RANGE) --run
+
+figure-%: table-% ## The figures of a table; the same runs
+	@true
+
 .PHONY: clean
 clean: ## Remove the virtual environment and caches (never runs or results)
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist

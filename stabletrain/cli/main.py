@@ -18,7 +18,7 @@ import typer
 from typer.exceptions import TyperException
 
 from stabletrain import __version__, compiler_logs
-from stabletrain.cli import data, doctor, export, resume, runs, sample, tensorboard, weights
+from stabletrain.cli import compare, data, doctor, export, resume, runs, sample, table, tensorboard, weights
 from stabletrain.cli.families import all_families
 from stabletrain.cli.help import SETTINGS, PanelCommand, PanelGroup, help_if_alone
 from stabletrain.cli.text import print_json
@@ -60,6 +60,9 @@ def build_app(*, names_command: bool = False) -> typer.Typer:
     app.command("show", cls=PanelCommand, rich_help_panel=RUNS)(runs.show)
     app.command("sample", cls=PanelCommand, rich_help_panel=RUNS)(sample.sample_command())
     app.command("evaluate", cls=PanelCommand, rich_help_panel=RUNS)(sample.evaluate)
+    app.command("compare", cls=PanelCommand, rich_help_panel=RUNS)(compare.compare)
+    app.command("report", cls=PanelCommand, rich_help_panel=RUNS)(compare.report)
+    app.command("table", cls=PanelCommand, rich_help_panel=RUNS)(table.table)
     app.command("export", cls=PanelCommand, rich_help_panel=RUNS)(export.export)
     app.command("tensorboard", cls=PanelCommand, rich_help_panel=RUNS)(tensorboard.tensorboard)
     app.add_typer(data.app, name="data", rich_help_panel=SETUP)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.errors import ConfigError, nearest
-from stabletrain.runs.statistics import REDUCTIONS
 from stabletrain.training.config import read_toml
 
 SCALES = ("small", "paper")
@@ -136,6 +135,8 @@ def read_table(root: Path, name: str) -> TableSpec:
 
 
 def _columns(path: Path, entries: Mapping[str, Any] | list[Any], scale: str) -> tuple[Column, ...]:
+    from stabletrain.runs.statistics import REDUCTIONS  # loads NumPy and SciPy, which naming a table does not need
+
     chosen = entries if isinstance(entries, list) else entries.get(scale, [])
     columns = tuple(Column(**entry) for entry in chosen)
     for column in columns:
