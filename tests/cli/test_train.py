@@ -113,11 +113,11 @@ def test_an_interrupted_run_exits_75_and_resume_finishes_it(
         said = command("toy", "--steps", 9, "--out", "cut")
     assert said.code == 75
     assert "stabletrain resume cut" in said.out
-    said = command("resume", "cut", "--workers", 2, "--json")
+    said = command("resume", "cut", "--threads", 2, "--json")
     assert said.code == 0
     assert said.document["status"] == "done"
     assert "resumed from the checkpoint" in said.err
-    assert "--workers was 1, is now 2" in said.err
+    assert "--threads was 1, is now 2" in said.err
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
 

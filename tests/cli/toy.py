@@ -28,7 +28,7 @@ class CommandToyConfig(ToyConfig):
     sizes: tuple[int, ...] = option((1, 2), "Several numbers.", panel=PANEL)
     mirror: bool = option(False, "A switch.", panel=PANEL)
     trouble: str = option("none", "What goes wrong.", panel=PANEL, choices=("none", "data", "bug", "memory"))
-    workers: int = option(1, "Nothing that matters.", panel=PANEL, identity=False)
+    threads: int = option(1, "Nothing that matters.", panel=PANEL, identity=False)
 
     def check(self) -> None:
         if self.mirror and self.colour == "blue":
