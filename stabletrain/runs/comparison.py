@@ -86,7 +86,7 @@ def group_runs(runs: Sequence[RunData]) -> list[Group]:
     groups = []
     for members in keyed.values():
         first = members[0]
-        label = ", ".join(f"{key}={_identity(first).get(key, 'default')}" for key in differing)
+        label = ", ".join(f"{key}={_identity(first)[key]}" for key in differing if key in _identity(first))
         groups.append(Group(label or first.name.rsplit("-s", 1)[0], tuple(sorted(members, key=lambda run: run.seed))))
     labels = [group.label for group in groups]
     if len(set(labels)) == len(labels):

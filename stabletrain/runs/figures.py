@@ -36,8 +36,11 @@ class Band:
     runs: int
 
 
-def band(runs: Sequence[RunData], metric: str) -> Band | None:
-    """The band over the union of logged steps; None when no run logged the metric."""
+def band(runs: Sequence[RunData], metric: str, *, log: bool = False) -> Band | None:
+    """The band over the union of logged steps; None when no run logged the metric.
+
+    With `log`, mean and band are those of the logarithms: a geometric mean, and a band that stays positive.
+    """
     curves = [run.curve(metric) for run in runs]
     curves = [(steps, values) for steps, values in curves if steps.size]
     if not curves:
@@ -46,7 +49,9 @@ def band(runs: Sequence[RunData], metric: str) -> Band | None:
     grid = np.full((len(curves), steps.size), np.nan)
     for index, (own_steps, values) in enumerate(curves):
         grid[index, np.searchsorted(steps, own_steps)] = values
-    mean, low, high = confidence_band(grid)
+    if log:
+        grid = np.log(np.where(grid > 0, grid, np.nan))
+    mean, low, high = (np.exp(part) if log else part for part in confidence_band(grid))
     return Band(steps, mean, low, high, len(curves))
 
 
@@ -69,7 +74,7 @@ def curves_figure(
     import matplotlib.pyplot as plt
 
     bands = {
-        title: {name: found for name, runs in lines.items() if (found := band(runs, metric))}
+        title: {name: found for name, runs in lines.items() if (found := band(runs, metric, log=log))}
         for title, lines in panels.items()
     }
     if not any(bands.values()):
@@ -91,11 +96,19 @@ def curves_figure(
         axis.set_xlabel("step")
         if log:
             axis.set_yscale("log")
+            _show_the_means(axis, [value for one in lines.values() for value in one.mean])
         axis.grid(alpha=0.25, linewidth=0.6)
         if lines:
             axis.legend(fontsize=8, frameon=False)
     axes[0][0].set_ylabel(label or metric)
     return _svg(figure, plt)
+
+
+def _show_the_means(axis: Any, means: Sequence[float]) -> None:
+    """Bounds a logarithmic axis by the means: the band of three runs may span many more decades than they do."""
+    finite = [value for value in means if np.isfinite(value) and value > 0]
+    if finite:
+        axis.set_ylim(min(finite) / 3, max(finite) * 3)
 
 
 def _mark_events(axis: Any, runs: Sequence[RunData]) -> None:

@@ -122,7 +122,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         if is_run(path):
             found.append(path)
             continue
-        below = [
+        below = _in_order_of_study(path) + [
             child.parent
             for depth in ("*", "*/*", "*/*/*")
             for child in sorted(path.glob(f"{depth}/config.toml"))
@@ -132,6 +132,12 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             read_run(path)  # says what is wrong with it
         found.extend(below)
     return list(dict.fromkeys(found))
+
+
+def _in_order_of_study(path: Path) -> list[Path]:
+    """The runs that study.json lists, in its order: baselines stand first there. Empty where there is none."""
+    jobs = _read_json(path / "study.json").get("jobs", [])
+    return [folder for job in jobs if is_run(folder := path / job["run_dir"])]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from stabletrain.runs.reading import RunData
 MAX_IMAGES = 6
 MAX_EVENTS = 60
 STABILITY_PANELS = 6
+LONG_TEXT = 48
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5b6470; --line: #d9dee4; --card: #f5f7f9;
@@ -45,11 +46,14 @@ p.lead { color: var(--soft); margin: 0 0 1rem; overflow-wrap: anywhere; }
 .good { color: var(--good); } .bad { color: var(--bad); } .warn { color: var(--warn); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; min-width: 100%; }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top;
+         white-space: nowrap; }
+td.text { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
 th { color: var(--soft); font-weight: 600; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: .8rem 0; } figcaption { color: var(--soft); font-size: .82rem; overflow-wrap: anywhere; }
 figure.plot svg { width: 100%; height: auto; max-width: 46rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .4rem 1rem; }
 figure.sample img { max-width: 100%; height: auto; image-rendering: pixelated; border: 1px solid var(--line); }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .8rem; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; overflow-x: auto;
@@ -177,7 +181,7 @@ def _stability(run: RunData) -> str:
 
 
 def _chosen_metrics(names: Sequence[str]) -> list[str]:
-    losses = [name for name in names if name.startswith("train/")][:2]
+    losses = sorted((name for name in names if name.startswith("train/") and "loss" in name), key=len)[:2]
     scores = [name for name in names if name.startswith("eval/")][:4]
     norms = [name for name in names if name.startswith("stability/")]
     totals = [name for name in norms if name.count("/") == 1]
@@ -188,21 +192,16 @@ def _chosen_metrics(names: Sequence[str]) -> list[str]:
 def _curves(panels: Mapping[str, Mapping[str, Sequence[RunData]]], metrics: Sequence[str], *, events: bool) -> str:
     figures = []
     for metric in _chosen_metrics(metrics):
-        values = [
-            value
-            for lines in panels.values()
-            for runs in lines.values()
-            for run in runs
-            for value in run.curve(metric)[1]
-        ]
-        finite = [value for value in values if math.isfinite(value)]
-        if len(finite) < 2:
-            continue
-        log = min(finite) > 0 and max(finite) > 30 * min(finite)
+        curves = [run.curve(metric) for lines in panels.values() for runs in lines.values() for run in runs]
+        finite = [value for _, values in curves for value in values if math.isfinite(value)]
+        if not finite or len({step for steps, _ in curves for step in steps.tolist()}) < 2:
+            continue  # one point is no curve: it stands under the scores
+        positive = [value for value in finite if value > 0]
+        log = min(finite) >= 0 and bool(positive) and max(positive) > 30 * min(positive)
         svg = curves_figure(panels, metric, log=log, events=events)
         if svg:
             figures.append(f'<figure class="plot">{svg}<figcaption>{_text(metric)}</figcaption></figure>')
-    return "".join(figures)
+    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
 def _events(run: RunData) -> str:
@@ -258,8 +257,9 @@ def _scores(run: RunData) -> str:
 def _differences(comparison: Comparison) -> str:
     if not comparison.differences:
         return "<p>Nothing but the seed.</p>"
-    headings = ["option", *(f"group {index + 1}" for index in range(len(comparison.groups)))]
-    rows = [[key, *map(_compact, values)] for key, values in comparison.differences.items()]
+    headings = ["option", *(group.label for group in comparison.groups)]
+    rows = [[key, *("not set" if value is None else _compact(value) for value in values)]
+            for key, values in comparison.differences.items()]  # fmt: skip
     return _table(headings, rows)
 
 
@@ -328,6 +328,11 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: int 
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell_class(value: str, is_number: bool) -> str:
+    """Numbers are aligned; long texts may break, so that one of them does not make the table endless."""
+    return " class=number" if is_number else " class=text" if len(value) > LONG_TEXT else ""
 
 
 def _number(value: float, sign: bool = False) -> str:

@@ -90,3 +90,15 @@ def test_figure_is_wellformed_deterministic_svg(runs: list[RunData]) -> None:
     assert first == second
     assert ElementTree.fromstring(first).tag.endswith("svg")
     assert curves_figure(panels, "eval/nothing") is None
+
+
+def test_a_logarithmic_band_is_the_geometric_mean_and_stays_positive(tmp_path: Path) -> None:
+    found = []
+    for seed, value in enumerate((0.01, 1.0, 100.0)):
+        curves = {"train/loss": [value, value]}
+        found.append(read_run(write_run(tmp_path / f"s{seed}", seed=seed, curves=curves)))
+    logarithmic = band(found, "train/loss", log=True)
+    assert logarithmic.mean == pytest.approx([1.0, 1.0])
+    assert (logarithmic.low > 0).all()
+    assert logarithmic.low * logarithmic.high == pytest.approx([1.0, 1.0])  # symmetric in the logarithm
+    assert band(found, "train/loss").low[0] < 0
