@@ -1,4 +1,4 @@
-"""Point clouds in the plane: eight and twenty-five Gaussians and a Swiss roll, and what may be measured on them exactly.
+"""Point clouds in the plane: Gaussians in a circle or a grid, a Swiss roll, and what may be measured on them exactly.
 
 In the plane the distance that a Wasserstein critic estimates can be computed: between two samples of equal size it is
 the cost of the best assignment. Source: Gulrajani et al. 2017, Section 4 and Figure 1, with the released constants.
@@ -28,7 +28,7 @@ Points = NDArray[np.float32]
 class Mixture:
     """Equally likely Gaussians: `centres` [K, 2] and the standard deviation that they share."""
 
-    centres: NDArray[np.float64]
+    centres: NDArray[np.floating]
     sigma: float
 
 

@@ -19,7 +19,8 @@ from stabletrain.gan.toys import (
 @pytest.mark.parametrize("name", TOY_NAMES)
 def test_training_points_are_fixed_and_apart_from_the_held_out_ones(name):
     points = training_points(name)
-    assert points.shape == (100_000, 2) and points.dtype == np.float32
+    assert points.shape == (100_000, 2)
+    assert points.dtype == np.float32
     np.testing.assert_array_equal(points, training_points(name))
     assert np.abs(points).max() < 2.5
     assert not set(map(tuple, held_out_points(name))) & set(map(tuple, points))
@@ -47,8 +48,10 @@ def test_the_swiss_roll_lies_on_its_spiral():
     radius, angle = np.linalg.norm(points, axis=1), np.arctan2(points[:, 1], points[:, 0])
     turns = (radius - angle) / (2 * np.pi)
     off = np.abs(turns - np.round(turns)) * 2 * np.pi
-    assert np.quantile(off, 0.5) < 0.25 and off.max() < 1.5  # noise of 0.25, arms 2 pi apart
-    assert 1.5 * np.pi - 1 < radius.min() and radius.max() < 4.5 * np.pi + 1.5
+    assert np.quantile(off, 0.5) < 0.25
+    assert off.max() < 1.5
+    assert 1.5 * np.pi - 1 < radius.min()
+    assert radius.max() < 4.5 * np.pi + 1.5
 
 
 def test_real_samples_cover_every_mode_with_the_share_that_three_sigmas_hold():
