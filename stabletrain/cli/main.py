@@ -59,7 +59,7 @@ def build_app(*, names_command: bool = False) -> typer.Typer:
     app.command("runs", cls=PanelCommand, rich_help_panel=RUNS)(runs.runs)
     app.command("show", cls=PanelCommand, rich_help_panel=RUNS)(runs.show)
     app.command("sample", cls=PanelCommand, rich_help_panel=RUNS)(sample.sample_command())
-    app.command("evaluate", cls=PanelCommand, rich_help_panel=RUNS)(sample.evaluate)
+    app.command("evaluate", cls=PanelCommand, rich_help_panel=RUNS)(sample.evaluate_command())
     app.command("compare", cls=PanelCommand, rich_help_panel=RUNS)(compare.compare)
     app.command("report", cls=PanelCommand, rich_help_panel=RUNS)(compare.report)
     app.command("table", cls=PanelCommand, rich_help_panel=RUNS)(table.table)

@@ -15,12 +15,12 @@ import typer
 from stabletrain.cli.families import all_families
 from stabletrain.cli.options import fields_with_types, parameters, typed_values, union_of
 from stabletrain.cli.progress import OpenReporter, make_reporter
-from stabletrain.cli.stored import RUN, Trained, Work, find_run, load_trained
+from stabletrain.cli.stored import RUN, Trained, Work, find_run, load_trained, open_run
 from stabletrain.cli.text import number, pairs, print_json
 from stabletrain.cli.train import shown_path
 from stabletrain.errors import EXIT_OK, ConfigError, RunDirectoryError
 from stabletrain.training.config import checked_values
-from stabletrain.training.experiment import Family
+from stabletrain.training.experiment import Evaluation, Family
 
 DESCRIPTION = "samples.json"
 """Says how the samples of a folder were made."""
@@ -37,7 +37,7 @@ COMMON = {
     "as_json": (bool, typer.Option(False, "--json", help="Print one JSON document.")),
     "quiet": (bool, typer.Option(False, "--quiet", "-q", help="No progress on stderr.")),
 }
-"""Options of `sample` whatever the family: name -> (type, option)."""
+"""Options of `sample` and `evaluate` whatever the family: name -> (type, option)."""
 
 
 def sample_command() -> Callable[..., int]:
@@ -77,8 +77,7 @@ def _sample(trained: Trained, given: Mapping[str, Any], out: Path | None, *, qui
         raise ConfigError(f"{trained.run.path} is a run of {family.name}, which makes no samples")
     values = _sampling_values(family, given)
     settings = {"run": trained.run.path.name, "step": trained.step, "options": values}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    folder = out or trained.run.path / "samples" / f"{trained.step:08d}-{digest}"
+    folder = out or trained.run.path / "samples" / f"{trained.step:08d}-{_digest(settings)}"
     _refuse_other_content(folder, settings)
     options = family.sample_options(**values)
 
@@ -127,34 +126,77 @@ def _shortened(files: list[str]) -> str:
     return ", ".join(files) if len(files) <= 6 else f"{', '.join(files[:3])}, ... {files[-1]} ({len(files)} files)"
 
 
-def evaluate(
-    run: Annotated[str, RUN],
-    checkpoint: Annotated[str, typer.Option(metavar="STEP|newest|best", help="Which checkpoint.")] = "newest",
-    devices: Annotated[int, typer.Option(help="Devices to use; 0: all.", min=0, show_default=False)] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
-) -> int:
-    """Evaluate a run's checkpoint as training does. The run's own rows are left as they are.
+def evaluate_command() -> Callable[..., int]:
+    """The command, with the options of judging generated images."""
 
-    Scores go to RUN/eval/evaluate-<step>.json, pictures to where the training puts them.
+    def evaluate(run: str, checkpoint: str, devices: int, as_json: bool, quiet: bool, **given: Any) -> int:
+        path = find_run(run)
+        changes = _score_changes(path, given)
+        trained = load_trained(path, with_data=True, which=checkpoint, devices=devices, changes=changes)
+        name = f"evaluate-{trained.step}" + (f"-{_digest(changes)}" if changes else "")
+        found = _evaluation(trained, name, quiet=quiet)
+        scores = {name: float(value) for name, value in found.scalars.items()}
+        # With other options than the run's, what it wrote itself stays as it is.
+        files = {
+            (f"eval/{name}/{file.replace('/', '-')}" if changes else file): content
+            for file, content in found.files.items()
+        }
+        for file, content in files.items():
+            trained.run.write_file(file, content)
+        document = json.dumps({"step": trained.step, "options": changes, **scores}, indent=2) + "\n"
+        trained.run.write_file(f"eval/{name}.json", document.encode())
+        if as_json:
+            done = {"run_dir": trained.run.path, "status": "evaluated", "step": trained.step, "metrics": scores}
+            print_json({**done, "files": list(files)})
+        else:
+            print(pairs({"step": f"{trained.step:,}", **{name: number(value) for name, value in scores.items()}}))
+            for file in files:
+                print(shown_path(trained.run.path / file))
+        return EXIT_OK
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    shared = {name: entry for name, entry in COMMON.items() if name != "out"}
+    common = [inspect.Parameter(name, kind, default=info, annotation=of) for name, (of, info) in shared.items()]
+    options = parameters(_score_fields(), "Judging; what is not given is as the run was configured")
+    evaluate.__signature__ = inspect.Signature([*common, *options])  # type: ignore[attr-defined]
+    evaluate.__annotations__ = {}
+    evaluate.__doc__ = """Evaluate a run's checkpoint as training does, or with other scores, samples and features.
+
+    The run's own rows are left as they are: scores go to RUN/eval/evaluate-<step>.json. Interrupted, it keeps what is
+    finished, and the same command goes on from there.
     """
+    return evaluate
+
+
+def _score_fields() -> dict[str, Any]:
+    from stabletrain.metrics.score_config import SCORE_OPTIONS, ScoreConfig
+
+    fields = fields_with_types(ScoreConfig)
+    return {name: fields[name] for name in SCORE_OPTIONS}
+
+
+def _score_changes(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of judging that were given. Raises: `ConfigError` where the run's family generates no images."""
+    from stabletrain.metrics.score_config import ScoreConfig
+
+    changes = typed_values(_score_fields(), given)
+    if changes:
+        run, family = open_run(path)
+        if not issubclass(family.config, ScoreConfig):
+            raise ConfigError(f"{run.path} is a run of {family.name}, which generates no images to judge")
+    return changes
+
+
+def _evaluation(trained: Trained, name: str, *, quiet: bool) -> Evaluation:
+    """Evaluates, in a scratch folder that outlives an interruption."""
     from stabletrain.training.signals import StopRequest
 
-    trained = load_trained(find_run(run), with_data=True, which=checkpoint, devices=devices)
-    scratch = trained.run.path / "eval" / f".evaluate-{trained.step}"
+    scratch = trained.run.path / "eval" / f".{name}"
     with make_reporter(quiet=quiet) as reporter, StopRequest() as stop:
         found = trained.experiment.evaluate(trained.state, trained.step, Work(scratch, reporter, stop))
-    scores = {name: float(value) for name, value in found.scalars.items()}
-    for name, content in found.files.items():
-        trained.run.write_file(name, content)
-    document = json.dumps({"step": trained.step, **scores}, indent=2) + "\n"
-    trained.run.write_file(f"eval/evaluate-{trained.step}.json", document.encode())
     shutil.rmtree(scratch, ignore_errors=True)
-    if as_json:
-        done = {"run_dir": trained.run.path, "status": "evaluated", "step": trained.step, "metrics": scores}
-        print_json({**done, "files": list(found.files)})
-    else:
-        print(pairs({"step": f"{trained.step:,}", **{name: number(value) for name, value in scores.items()}}))
-        for name in found.files:
-            print(shown_path(trained.run.path / name))
-    return EXIT_OK
+    return found
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

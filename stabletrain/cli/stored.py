@@ -78,18 +78,26 @@ class Trained:
     step: int
 
 
-def load_trained(path: Path, *, with_data: bool, which: str = "newest", devices: int = 0) -> Trained:
+def load_trained(
+    path: Path,
+    *,
+    with_data: bool,
+    which: str = "newest",
+    devices: int = 0,
+    changes: Mapping[str, Any] | None = None,
+) -> Trained:
     """The model of a run at one of its checkpoints: `newest`, `best`, or a step. Nothing in the run is changed.
 
     Without data the experiment is built from what the record says of them: enough to sample and to export.
-    `devices` as in the configuration; those that the run was trained on need not be there.
+    `devices` as in the configuration; those that the run was trained on need not be there. `changes`: values of the
+    configuration that are other than the run's; none that the network depends on.
 
     Raises: `RunDirectoryError`, `CheckpointError` with the steps that there are, `DataError`.
     """
     from stabletrain.training.devices import configure_backend, make_mesh
 
     run, family = open_run(path)
-    config = stored_config(run, family)
+    config = stored_config(run, family, changes)
     data_spec = None if with_data else run.record.get("data")
     if data_spec is None and not with_data:
         raise RunDirectoryError(f"{run.path / 'record.json'} does not say which data the run was made with")

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from stabletrain.data.catalogue import CATALOGUE
 from stabletrain.errors import ConfigError
-from stabletrain.training.config import TrainConfig, fields_of, option, replace
+from stabletrain.metrics.score_config import ScoreConfig, chosen_extractor, score_problems
+from stabletrain.training.config import fields_of, option, replace
 
 BACKBONE_NAMES = ("unet", "uvit", "mlp")
 SKIP_SCALING_NAMES = ("none", "sqrt2", "cs", "ls", "ls-per-skip", "const", "mp-cat", "layernorm", "learned-scalar")
@@ -22,7 +23,7 @@ NETWORK, PROCESS, SAMPLING, OPTIMISER, EVALUATION = "Network", "Noise process", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig(TrainConfig):
+class DiffusionConfig(ScoreConfig):
     """A diffusion model. 0, "auto" and values not given are chosen by backbone and data set; see `resolve`."""
 
     steps: int = option(0, "Number of training steps (optimiser updates); 0 chooses.", minimum=0)
@@ -130,9 +131,6 @@ class DiffusionConfig(TrainConfig):
     eval_pairs: int = option(
         2048, "Held-out (image, time, noise) triples of the evaluation's loss.", panel=EVALUATION, minimum=1
     )
-    eval_samples: int | None = option(
-        None, "Generated images whose label a classifier judges; 0: none.", panel=EVALUATION, minimum=0
-    )
 
     @property
     def method(self) -> str:
@@ -175,6 +173,7 @@ def _problems(config: DiffusionConfig) -> Iterator[str]:
     yield from _shape_problems(config)
     yield from _label_problems(config)
     yield from _sampler_problems(config)
+    yield from score_problems(config)
     if config.horizontal_flip and config.data is None and config.dataset in HANDWRITING:
         yield f"--horizontal-flip makes no sense for {config.dataset}: a mirrored character is another one or none"
     if config.ema_ramp and config.ema_decay == 0:
@@ -224,8 +223,8 @@ def _label_problems(config: DiffusionConfig) -> Iterator[str]:
             yield "--label-dropout does nothing without labels (--no-class-conditional)"
         if config.guidance is not None:
             yield "--guidance does nothing without labels (--no-class-conditional)"
-        if config.eval_samples:
-            yield "--eval-samples asks whether samples have their label, but there is none (--no-class-conditional)"
+        if labelled := [score for score in config.scores if score in ("intra-fd", "cas")]:
+            yield f"--scores {labelled[0]} needs samples with labels (--no-class-conditional)"
     elif config.guidance not in (None, 1.0) and config.label_dropout == 0:
         yield f"--guidance {config.guidance} needs a network that was trained without labels too: raise --label-dropout"
 
@@ -312,7 +311,10 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
     if conditional is None:  # the network of the theorems knows no labels
         conditional = bool(info and info.num_classes) and config.backbone != "mlp"
     chosen = {
-        "image_size": image_size,
+        # The user's files must say their own size: under a known name too, another one is refused, not resized.
+        "image_size": 0 if config.data else image_size,
+        "extractor": chosen_extractor(config),
+        "score_split": None if info is None or config.data else "test" if info.test_count else "train",
         "horizontal_flip": bool(info and info.channels == 3),
         "class_conditional": conditional,
         "ddim_eta": 0.0 if config.sampler == "ddim" else None,
@@ -323,8 +325,8 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
     }
     if config.skip_scaling != "cs":
         chosen.pop("kappa_indexing", None)
-    if not conditional:
-        chosen["eval_samples"] = 0
+    if not (info and info.num_classes):  # no classifier of these data can judge samples
+        chosen["eval_samples"] = 1000 if config.inception or config.extractor == "inception" else 0
     if config.steps:
         chosen["warmup_steps"] = min(chosen["warmup_steps"], config.steps // 10)
     if config.ema_decay == 0:

@@ -26,7 +26,7 @@ from stabletrain.diffusion.config import DiffusionConfig, filled
 from stabletrain.diffusion.processes import PROCESSES, Array, noised
 from stabletrain.diffusion.sampling import Generator, Settings, grid_labels, grid_png
 from stabletrain.errors import ConfigError, DataError
-from stabletrain.metrics.classifier import dataset_classifier
+from stabletrain.metrics.scoring import refuse_unjudgeable, score_images
 from stabletrain.training.devices import batch_shardings, compute_dtype, replicated
 from stabletrain.training.ema import average_decay, start_average, update_average
 from stabletrain.training.experiment import Batch, Evaluation, EvaluationContext, Metrics
@@ -117,6 +117,8 @@ class DiffusionExperiment:
             raise ConfigError(f"data set {spec.name!r} has no labels: use --no-class-conditional")
         if self.dataset is not None and len(self.dataset.train) == 0:
             raise DataError(f"data set {spec.name!r} has no training images")
+        if self.dataset is not None:
+            refuse_unjudgeable(config, self.dataset)
 
     def _steps_per_dispatch(self) -> int:
         if self.config.backbone == "mlp":
@@ -319,12 +321,11 @@ class DiffusionExperiment:
         )
 
     def evaluate(self, state: DiffusionState, step: int, context: EvaluationContext) -> Evaluation:
-        """Held-out loss, a grid of samples, and the agreement of generated images with the asked labels.
+        """Held-out loss, a grid of samples, and what the generated images are worth.
 
         `eval/loss_<split>_<weights>`: the training loss on fixed images, times and noise; the split is `train` only
-        where there are no test images (or none with the labels that a conditional model needs).
-        `eval/label_agreement_<n>_<classifier>_<weights>`: the share of n generated images that a classifier trained on
-        the real data gives the label they were asked for.
+        where there are no test images (or none with the labels that a conditional model needs). The other scores are
+        those of `stabletrain.metrics.scoring.score_images`.
         """
         assert self.dataset is not None, "an experiment built for sampling cannot be evaluated"
         scalars: dict[str, float] = {}
@@ -341,12 +342,12 @@ class DiffusionExperiment:
         shown = len(grid_labels(self.num_classes))
         names = self.data_spec.class_names if self.num_classes else ()
         files = {f"samples/{step:08d}.png": grid_png(images[:shown], names)}
-        judged = filled(self.config.eval_samples)
-        if judged:
-            classifier = dataset_classifier(self.dataset, seed=0, context=context)
-            found = np.argmax(np.asarray(classifier.logits(images[-judged:])), axis=-1)
-            agreement = float(np.mean(found == labels[-judged:]))
-            scalars[f"eval/label_agreement_{judged}_{classifier.name}_{name}"] = agreement
+        if filled(self.config.eval_samples):
+            asked = labels[shown:] if self.num_classes else None
+            judged = score_images(
+                images[shown:], asked, self.dataset, self.config, step=step, context=context, weights=name
+            )
+            scalars, files = {**scalars, **judged.scalars}, {**files, **judged.files}
         return Evaluation(scalars=scalars, files=files)
 
     def _evaluation_labels(self) -> np.ndarray:

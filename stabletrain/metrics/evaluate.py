@@ -29,15 +29,14 @@ from stabletrain.metrics.extractor import Extractor
 from stabletrain.metrics.files import Arrays, BatchFolder
 from stabletrain.metrics.frechet import MomentAccumulator
 from stabletrain.metrics.progress import Progress, silent
-from stabletrain.metrics.protocol import Protocol
+from stabletrain.metrics.protocol import SCORES, Protocol
 from stabletrain.metrics.reference import Reference, check_reference, load_reference, reference_for, save_reference
-from stabletrain.metrics.scores import FROM_FEATURES, LABELLED, METRICS, Generated, Real, Scores
+from stabletrain.metrics.score_config import FEWEST
+from stabletrain.metrics.scores import FROM_FEATURES, LABELLED, Generated, Real, Scores
 from stabletrain.paths import cache_home
 from stabletrain.training.experiment import EvaluationContext
 
 BATCH = 256
-FEWEST = 10
-"""Samples: ten splits of a score, twenty clusters of twice as many, five neighbours."""
 
 log = logging.getLogger("stabletrain")
 
@@ -90,7 +89,7 @@ def evaluate_generator(
     tag: str = "",
     seed: int = 0,
 ) -> dict[str, float]:
-    """Scores by name, `eval/` and the protocol: `eval/fd5k_test_digits-classifier_ema`. See `METRICS` for `metrics`.
+    """Scores by name, `eval/` and the protocol: `eval/fd5k_test_digits-classifier_ema`. See `SCORES` for `metrics`.
 
     Statistics of the real split are computed once and kept in `cache_home()/"references"`, or read from `reference`.
     `tag` tells apart evaluations that share a context and a protocol (two samplers). `seed` draws the subsets of the
@@ -151,8 +150,8 @@ def _check(metrics: Sequence[str], dataset: Dataset, protocol: Protocol) -> None
     """Refuses before the first sample is made what could not be scored after the last one."""
     split = _split(dataset, protocol)
     for metric in metrics:
-        if metric not in METRICS:
-            raise ConfigError(f"unknown metric {metric!r}: {nearest(metric, METRICS)}")
+        if metric not in SCORES:
+            raise ConfigError(f"unknown metric {metric!r}: {nearest(metric, SCORES)}")
         judged, name = (dataset.test, "test") if metric == "cas" else (split, protocol.split)
         if metric in LABELLED and (not len(judged) or judged.labels is None):
             raise DataError(f"{dataset.name} has no labelled {name} images, which the metric {metric!r} needs")

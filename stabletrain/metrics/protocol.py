@@ -18,6 +18,18 @@ INCEPTION_RESIZE = "tf1-bilinear"
 WEIGHTS = ("ema", "raw")
 BATCH_NORM = ("running", "batch", "standing")
 
+SCORES = {
+    "fd": "Frechet distance to the real split",
+    "kd": "kernel distance to the real split: 100 subsets of 1000",
+    "cs": "classifier score (the Inception Score's formula): ten splits and one",
+    "pr": "improved precision and recall, k = 3",
+    "dc": "density and coverage, k = 5",
+    "prd": "F_8 and F_1/8 of precision and recall of distributions",
+    "intra-fd": "mean Frechet distance within a class; needs labels",
+    "cas": "accuracy on real test images of a classifier trained on the generated ones; needs labels",
+}
+"""What can be asked for, by name."""
+
 STEMS: Mapping[str, tuple[str, str]] = {
     "fd": ("fd", "fid"),
     "kd": ("kd", "kid"),

@@ -12,19 +12,9 @@ from stabletrain.data.spec import Dataset
 from stabletrain.errors import DataError
 from stabletrain.metrics import classification_accuracy, frechet, inception_score, kid, prd, precision_recall
 from stabletrain.metrics.progress import Progress
-from stabletrain.metrics.protocol import Protocol
+from stabletrain.metrics.protocol import SCORES, Protocol
 from stabletrain.metrics.reference import Reference
 
-METRICS = {
-    "fd": "Frechet distance to the real split",
-    "kd": "kernel distance to the real split: 100 subsets of 1000",
-    "cs": "classifier score (the Inception Score's formula): ten splits and one",
-    "pr": "improved precision and recall, k = 3",
-    "dc": "density and coverage, k = 5",
-    "prd": "F_8 and F_1/8 of precision and recall of distributions",
-    "intra-fd": "mean Frechet distance within a class; needs labels",
-    "cas": "accuracy on real test images of a classifier trained on the generated ones; needs labels",
-}
 FROM_FEATURES = {"kd", "pr", "dc", "prd", "intra-fd"}
 """Metrics that need all features at once. The others need their sums only."""
 LABELLED = {"intra-fd", "cas"}
@@ -73,18 +63,18 @@ class Scores:
             "intra-fd": [name("intra-fd")],
             "cas": [self._cas_name()],
         }
-        return [name for metric in METRICS if metric in wanted for name in of_metric[metric]]
+        return [name for metric in SCORES if metric in wanted for name in of_metric[metric]]
 
     def compute(self, wanted: frozenset[str], generated: Generated, real: Real) -> dict[str, float]:
-        """Every score that is asked for, in the order of `METRICS`. Raises: `DataError` where one cannot be."""
+        """Every score that is asked for, in the order of `SCORES`. Raises: `DataError` where one cannot be."""
         computed = {
             "fd": self._fd, "kd": self._kd, "cs": self._cs, "pr": self._pr, "dc": self._dc, "prd": self._prd,
             "intra-fd": self._intra_fd, "cas": self._cas,
         }  # fmt: skip
         found: dict[str, float] = {}
-        for metric in METRICS:
+        for metric in SCORES:
             if metric in wanted:
-                self.tick(METRICS[metric], 0, 1)
+                self.tick(SCORES[metric], 0, 1)
                 found.update(computed[metric](generated, real))
         return found
 

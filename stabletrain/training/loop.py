@@ -298,6 +298,7 @@ class _Session:
             return False
         if name not in self.row:
             metrics = [key for key in self.row if "/" in key]
+            self._checkpoint(wait=True)  # nothing is lost: the same command with the right name goes on from here
             raise ConfigError(f"there is no metric {name!r} (--best-metric): {nearest(name, metrics)}")
         value, sign = self.row[name], 1 if self.config.best_mode == "min" else -1
         if value is None or (clock.best is not None and sign * value >= sign * clock.best):

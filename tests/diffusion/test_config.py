@@ -49,7 +49,7 @@ def test_a_resolved_config_leaves_nothing_open_that_applies(dataset, backbone, s
     for name in ("steps", "image_size", "width", "depth", "learning_rate"):
         assert values[name] > 0, name
     not_applicable = {
-        "data", "best_metric", "kappa_indexing", *(() if scaling in TAKES_KAPPA else ("kappa",)),
+        "data", "best_metric", "inception", "kappa_indexing", *(() if scaling in TAKES_KAPPA else ("kappa",)),
         *(() if config.class_conditional else ("guidance",)),
         *(name for name, backbones in ONLY_FOR.items() if backbone not in backbones),
     }  # fmt: skip
@@ -101,7 +101,18 @@ def test_labels_and_flips_follow_the_data():
     assert (celeba.class_conditional, celeba.guidance, celeba.label_dropout, celeba.eval_samples) == (False, None, 0, 0)
     own = resolve(configured(data="mine.npz"))
     assert (own.class_conditional, own.image_size, own.patch_size) == (False, 0, 0)
-    assert resolve(configured(data="cifar.npz", dataset="cifar10")).image_size == 32
+    named = resolve(configured(data="cifar.npz", dataset="cifar10"))
+    assert (named.image_size, named.width) == (0, 128), "the file says its size; one that is not 32 is then refused"
+
+
+def test_judging_follows_the_data():
+    digits = resolve(configured())
+    assert (digits.eval_samples, digits.scores, digits.score_split, digits.extractor) == (
+        1000, ("fd",), "test", "classifier",
+    )  # fmt: skip
+    assert resolve(configured(dataset="celeba64", extractor="inception")).eval_samples == 1000
+    assert resolve(configured(data="mine.npz", inception="weights.pth")).extractor == "inception"
+    assert resolve(configured(data="mine.npz")).score_split is None, "only the file knows whether it has a test split"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +134,11 @@ def test_labels_and_flips_follow_the_data():
         ({"backbone": "unet", "image_size": 8, "channel_multipliers": (1, 2), "attention": (16,)}, "sizes are 8, 4"),
         ({"class_conditional": False, "guidance": 2.0}, "--guidance does nothing"),
         ({"class_conditional": False, "label_dropout": 0.1}, "--label-dropout does nothing"),
-        ({"class_conditional": False, "eval_samples": 10}, "--eval-samples asks"),
+        ({"class_conditional": False, "scores": ("fd", "cas")}, "--scores cas needs samples with labels"),
+        ({"inception": "w.pth", "extractor": "classifier"}, "--inception does nothing"),
+        ({"eval_samples": 9}, "too few"),
+        ({"scores": ("fd", "kd", "fd")}, "names one twice"),
+        ({"scores": ("fid",)}, "did you mean 'fd'"),
         ({"label_dropout": 0.0, "guidance": 2.0}, "raise --label-dropout"),
         ({"sampler": "euler-maruyama", "process": "ddpm-linear"}, "use vp-sde"),
         ({"process": "ddpm-cosine", "sampling_steps": 1001}, "1000 levels"),

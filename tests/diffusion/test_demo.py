@@ -54,6 +54,17 @@ def test_demo_makes_digits_that_a_classifier_recognises(tmp_path):
         assert grid.height > 300
     assert any(name.startswith("stability/feature_norm/skip_") for name in rows(run)[-1])
 
+    again = stabletrain("evaluate", str(run), "--quiet")["metrics"]
+    assert again == {name: value for name, value in metrics.items() if name.startswith("eval/")}
+    judged = stabletrain("evaluate", str(run), "--eval-samples", "60", "--scores", "kd,pr", "--quiet")
+    assert {name.split("_")[0] for name in judged["metrics"]} >= {"eval/kd60", "eval/precision60", "eval/recall60"}
+    assert "eval/fd300_test_digits-classifier_ema" in metrics
+    assert "eval/label_agreement_60" in " ".join(
+        judged["metrics"]
+    )
+    protocol = json.loads((run / "eval" / "protocol-00000400.json").read_text())
+    assert (protocol["num_samples"], protocol["weights"], protocol["scores"]) == (300, "ema", ["fd"])
+
     made = stabletrain("sample", str(run), "--num", "5", "--label", "7", "--out", str(tmp_path / "sevens"), "--quiet")
     assert made["status"] == "sampled"
     archive = np.load(tmp_path / "sevens" / "samples.npz")
@@ -82,7 +93,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     values = {
         "backbone": "mlp", "width": 16, "depth": 2, "class_conditional": True, "batch_size": 8, "steps": 190,
         "inner_steps": 10, "log_every": 20, "eval_every": 100, "checkpoint_every": 50, "sampling_steps": 2,
-        "eval_pairs": 600, "sampling_batch": 20, "ema_decay": 0.9, "skip_scaling": "cs",
+        "eval_pairs": 600, "sampling_batch": 20, "ema_decay": 0.9, "skip_scaling": "cs", "eval_samples": 30,
     }  # fmt: skip
     config = resolve(make_config(DiffusionConfig, values))
     experiment = DiffusionExperiment(config, mesh=make_mesh(2, config.batch_size))

@@ -19,7 +19,8 @@ from stabletrain.diffusion.config import DiffusionConfig, resolve
 from stabletrain.diffusion.experiment import DiffusionExperiment, learning_rate_at, optimizer_for
 from stabletrain.diffusion.family import FAMILY, SampleOptions
 from stabletrain.diffusion.sampling import grid_labels, shown_classes
-from stabletrain.errors import ConfigError
+from stabletrain.errors import ConfigError, DataError
+from stabletrain.metrics import scoring
 from stabletrain.training.config import make_config
 from stabletrain.training.devices import compile_step, make_mesh, replicated
 
@@ -311,10 +312,26 @@ def test_evaluation_asks_the_dataset_s_classifier(tmp_path, monkeypatch):
             assert images.dtype == np.uint8
             return np.eye(10)[np.full(len(images), 3)]
 
-    monkeypatch.setattr(experiment_module, "dataset_classifier", lambda dataset, seed, context: Threes())
-    experiment = tiny(eval_samples=40)
+    monkeypatch.setattr(scoring, "dataset_classifier", lambda dataset, seed, context: Threes())
+    experiment = tiny(eval_samples=40, scores=())
     scalars = experiment.evaluate(experiment.init(jax.random.key(0)), 0, Context(tmp_path)).scalars
     assert scalars["eval/label_agreement_40_digits-classifier_ema"] == 0.1
+
+
+def test_samples_that_nothing_could_judge_are_refused_before_training(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "mine.npz", train_x=images)
+    with pytest.raises(DataError, match="no labels, so no classifier"):
+        tiny(data=str(tmp_path / "mine.npz"), eval_samples=20, class_conditional=False)
+    with pytest.raises(DataError, match="is not a file"):
+        tiny(eval_samples=20, inception=str(tmp_path / "weights.pth"))
+
+
+def test_the_user_s_files_under_a_known_name_are_not_resized_unasked(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "mine.npz", train_x=images, train_y=np.arange(30) % 10)
+    with pytest.raises(DataError, match="8x8, but cifar10 has 32x32"):
+        tiny(dataset="cifar10", data=str(tmp_path / "mine.npz"), image_size=0)
 
 
 def test_an_interrupted_evaluation_keeps_what_it_has_made(tmp_path, monkeypatch):

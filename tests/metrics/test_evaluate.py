@@ -19,8 +19,8 @@ from stabletrain.metrics.frechet import frechet_distance, intra_class_frechet_di
 from stabletrain.metrics.inception_score import inception_score
 from stabletrain.metrics.kid import kernel_distance
 from stabletrain.metrics.precision_recall import density_coverage, precision_recall
+from stabletrain.metrics.protocol import SCORES
 from stabletrain.metrics.reference import save_reference
-from stabletrain.metrics.scores import METRICS
 from tests.metrics.conftest import Context, make_dataset, stripes
 
 COUNT = 90
@@ -69,7 +69,7 @@ class Generator:
 
 
 def evaluated(dataset, context, generator=None, **options):
-    values = {"num_samples": COUNT, "metrics": tuple(METRICS), "weights": "ema", "batch_size": 16, **options}
+    values = {"num_samples": COUNT, "metrics": tuple(SCORES), "weights": "ema", "batch_size": 16, **options}
     extractor = values.pop("extractor", None) or Projection()
     return evaluate_generator(generator or Generator(), dataset, extractor, context=context, **values)
 
