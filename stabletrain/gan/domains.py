@@ -1,0 +1,100 @@
+"""Domains: what a GAN of this family generates, and how that is judged.
+
+A domain owns the real samples and their evaluation; the experiment owns networks, losses and updates. Images are one
+domain; points in the plane and text are others, chosen by the data set's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import numpy as np
+
+from stabletrain.data.spec import DataSpec
+from stabletrain.training.experiment import Evaluation, EvaluationContext
+
+if TYPE_CHECKING:
+    from stabletrain.gan.config import GanConfig
+
+Array = jax.Array
+
+
+class Model(Protocol):
+    """A trained GAN as an evaluation sees it: weights are chosen, programs compiled, chunks cut to size."""
+
+    num_classes: int
+    """Classes that the generator is told of; 0: none."""
+    z_dim: int
+    weights: str
+    """`ema` or `raw`: which generator this is."""
+    batch_norm: str | None
+    """How batch normalisation is evaluated (`running`, `batch`, `standing`); None where there is none."""
+
+    def samples(
+        self,
+        labels: np.ndarray | None,
+        count: int,
+        *,
+        seed: int,
+        context: EvaluationContext,
+        what: str = "evaluation samples",
+        truncation: float = 0.0,
+    ) -> np.ndarray:
+        """float32 [count, *sample_shape] of fresh latents. Sample n depends on seed, n and its label only (with
+        `batch_norm` other than `batch`). `truncation` > 0 draws latents again until all are that close to 0."""
+
+    def from_latents(self, latents: np.ndarray, labels: np.ndarray | None, *, context: EvaluationContext) -> np.ndarray:
+        """float32 [N, *sample_shape] of the given latents [N, z_dim]."""
+
+    def scores(self, samples: np.ndarray, labels: np.ndarray | None, *, context: EvaluationContext) -> np.ndarray:
+        """float32 [N]: the discriminator's adversarial scores, without augmentation."""
+
+
+class Domain(Protocol):
+    """Real samples and their judgement. Built with the data, or (for sampling and export) from a `DataSpec` alone."""
+
+    sample_shape: tuple[int, ...]
+    num_classes: int
+    """0 where there are no labels, or where the run does not use them."""
+    class_names: tuple[str, ...]
+    data_spec: DataSpec
+    resident: Mapping[str, Any]
+    """Arrays that lie whole on every device; `real` finds them in its batch under their names."""
+
+    def batch(self, position: int, count: int) -> dict[str, np.ndarray]:
+        """Host arrays of `count` examples, leading axis [count]: a pure function of (seed, position). Examples number
+        position * count onwards, so that no example is passed over whatever the number of critic steps."""
+
+    def real(self, batch: Mapping[str, Array], key: Array) -> tuple[Array, Array | None]:
+        """Inside jit: samples [B, *sample_shape] float32 and labels int32 [B] (None without), from one slice [B] of
+        `batch` together with `resident`. Randomness (dequantisation, flips) from `key`."""
+
+    def evaluate(self, model: Model, step: int, context: EvaluationContext) -> Evaluation:
+        """Scores, pictures and figures of a trained model; names as the family's documentation lists them."""
+
+    def sample_files(
+        self, samples: np.ndarray, labels: np.ndarray | None, context: EvaluationContext
+    ) -> Mapping[str, bytes]:
+        """What `stabletrain sample` writes of float32 samples [N, *sample_shape], by relative path."""
+
+
+DomainBuilder = Callable[["GanConfig", "DataSpec | None"], Domain]
+
+
+def _images(config: GanConfig, data_spec: DataSpec | None) -> Domain:
+    from stabletrain.gan.images import ImageDomain
+
+    return ImageDomain(config, data_spec)
+
+
+DOMAINS: dict[str, DomainBuilder] = {}
+"""Domains of data sets that are not images, by the name of the data set."""
+
+
+def build_domain(config: GanConfig, data_spec: DataSpec | None) -> Domain:
+    """The domain of the configured data set; `data_spec` stands for the data where they are not needed."""
+    if config.data is None and config.dataset in DOMAINS:
+        return DOMAINS[config.dataset](config, data_spec)
+    return _images(config, data_spec)

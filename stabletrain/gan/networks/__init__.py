@@ -1,0 +1,116 @@
+"""The networks by name, and what a network of this family is. Imports no JAX until one is built.
+
+**Generator** (a Flax Linen module)
+
+    generator.apply(variables, z [B, z_dim], labels int32 [B] | None, train=..., rngs={"noise": key})
+        -> samples [B, *sample_shape], images in [-1, 1]
+
+**Discriminator** (the trunk; `stabletrain.gan.conditioning.Head` makes scores of its features)
+
+    discriminator.apply(variables, samples, train=...) -> features [B, F] after the last activation and pooling
+
+Collections of both: `params`; `batch_stats`, the running statistics of batch normalisation; `spectral`, the vectors of
+the power iteration, kept apart from the raw kernels. With `train=True` batch normalisation takes the batch's own
+statistics and the power iteration goes on by one step; both are kept where the caller makes their collection mutable
+and forgotten where not. With `train=False` nothing evolves and running statistics are used. A network without one of
+the collections simply has none.
+
+The stream `noise` is there in every call of a generator, in training and in sampling: layers that need noise take it
+from there (`self.make_rng("noise")`), the others ignore it.
+
+A generator that has styles (`NetworkSpec.styles`) also has the methods `styles(z, labels, *, train) -> [B, L, D]` and
+`synthesize(styles, *, train) -> samples`, which `__call__` joins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What networks are built from: the shape of the data and the options of the command line."""
+
+    sample_shape: tuple[int, ...]
+    """(H, W, C) of images; a domain's own otherwise."""
+    num_classes: int
+    """Classes that the generator is told of; 0: it is told of none."""
+    z_dim: int
+    generator_width: int
+    """Channels (features of an MLP) that the widths of all layers are multiples of."""
+    discriminator_width: int
+    depth: int = 0
+    """Blocks per resolution, or layers, where a network has a choice."""
+    shared_dim: int = 0
+    """Size of the class embedding that the layers share; 0: labels enter as one-hot vectors."""
+    generator_attention: tuple[int, ...] = ()
+    """Blocks that self-attention follows, counted from 1."""
+    discriminator_attention: tuple[int, ...] = ()
+    generator_spectral: bool = False
+    """Spectral normalisation of the generator's layers."""
+    discriminator_spectral: bool = False
+    generator_norm: str = "batch"
+    """`batch` (with class-conditional scale and shift where labels are known) or `none`."""
+    discriminator_norm: str = "none"
+    """`none`, `batch` or `layer`."""
+    inplace_relu: bool = False
+    """Shortcuts of the discriminator receive ReLU(x), as StudioGAN's in-place activation makes them."""
+    style_mixing: float = 0.0
+    """Probability of mixing two latents' styles in training, where there are styles."""
+    dtype: Any = None
+    """Type of matrix products and convolutions; None: float32."""
+
+
+Builder = Callable[[NetworkOptions], Any]
+
+
+def _accepted(options: NetworkOptions) -> None:
+    del options
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """A pair of networks as the configuration knows it. The builders import JAX when they are called."""
+
+    help: str
+    generator: Builder
+    discriminator: Builder
+    follows: frozenset[str]
+    """The fields of `NetworkOptions` beyond shapes, z_dim and widths that change it; giving another one is refused."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values of `NetworkOptions` fields where neither the method nor the user says otherwise."""
+    convolutional: bool = True
+    """Convolutions inside a loop are slow on a CPU, so inner steps are unrolled there."""
+    styles: bool = False
+    """The generator has styles: mixing and path length regularisation are possible."""
+    mixes_samples: bool = False
+    """A feature of the discriminator depends on the whole batch whatever the options (minibatch statistics)."""
+    check: Callable[[NetworkOptions], None] = _accepted
+    """Raises `ConfigError` for options that it cannot be built with, naming valid ones."""
+
+
+def _mlp_generator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.mlp import MLPGenerator
+
+    return MLPGenerator.of(options)
+
+
+def _mlp_discriminator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.mlp import MLPDiscriminator
+
+    return MLPDiscriminator.of(options)
+
+
+NETWORKS: dict[str, NetworkSpec] = {
+    "mlp": NetworkSpec(
+        help="Fully connected, for images of up to 32 pixels and for points.",
+        generator=_mlp_generator,
+        discriminator=_mlp_discriminator,
+        follows=frozenset({"depth", "generator_norm", "generator_spectral", "discriminator_spectral"}),
+        defaults={"z_dim": 32, "generator_width": 256, "discriminator_width": 256, "depth": 2},
+        convolutional=False,
+    ),
+}
+"""Every pair of networks, by the name that `--network` takes."""
