@@ -136,7 +136,8 @@ def depth_figure(found: Sequence[DepthGradients], *, histogram_of: str) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.2, 3.4), layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(3, 2)))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(3, 2))
+    left, right = halves
     axis = left.subplots()
     for colour, each in zip(COLOURS, found, strict=False):
         layers = np.arange(1, len(each.norms) + 1)
@@ -151,5 +152,9 @@ def depth_figure(found: Sequence[DepthGradients], *, histogram_of: str) -> Any:
         axis.stairs(each.histogram, each.edges, fill=True, color="#0072B2")
         axis.set_title(each.label, fontsize=9)
         axis.set_yticks([])
+        centres = np.abs(each.edges[:-1] + each.edges[1:]) / 2
+        within = np.cumsum(each.histogram[np.argsort(centres)]) >= 0.99 * each.histogram.sum()
+        reach = 2 * np.sort(centres)[within.argmax()]  # a few large weights would hide the shape of the rest
+        axis.set_xlim(-reach, reach)
     axes[-1].set_xlabel("weights")
     return figure

@@ -1,0 +1,159 @@
+"""Layers as the released TensorFlow code of WGAN-GP has them: its starts, its padding, its normalisations.
+
+Weights start uniform with a standard deviation, biases at zero. Images are [B, H, W, C], text is [B, L, C].
+Source: Gulrajani et al. 2017, released code (tflib).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EPSILON = 1e-5
+
+
+def uniform(deviation: float) -> Any:
+    """Uniform numbers of this standard deviation."""
+    limit = deviation * np.sqrt(3)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+def fan_deviation(fan_in: float, fan_out: float, start: str | float) -> float:
+    """The standard deviation of a start: "he" (variance 4 / (in + out)), "glorot" (half of it), or the number itself.
+
+    Raises: `ValueError` for another name.
+    """
+    if isinstance(start, str):
+        if start not in ("he", "glorot"):
+            raise ValueError(f"unknown start {start!r}; valid: he, glorot, or a standard deviation")
+        return float(np.sqrt((4 if start == "he" else 2) / (fan_in + fan_out)))
+    return start
+
+
+class Linear(nn.Module):
+    """[B, in] -> [B, features]; the start "he" is of variance 2 / in here, without the outputs."""
+
+    features: int
+    start: str | float = "glorot"
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        fan_in = inputs.shape[-1]
+        fan_out = fan_in if self.start == "he" else self.features
+        init = uniform(fan_deviation(fan_in, fan_out, self.start))
+        return nn.Dense(self.features, kernel_init=init, name="linear")(inputs)
+
+
+class Conv(nn.Module):
+    """A convolution with TensorFlow's SAME padding: 5x5 with stride 2 on an even size pads 1 before and 2 behind."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    start: str | float = "he"
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        channels, area = images.shape[-1], self.size**2
+        deviation = fan_deviation(channels * area, self.features * area / self.stride**2, self.start)
+        shape = (self.size, self.size, channels, self.features)
+        kernel = self.param("kernel", uniform(deviation), shape)
+        if self.size == 1:
+            images = images[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+        else:
+            images = jax.lax.conv_general_dilated(
+                images, kernel, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        return images + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else images
+
+
+class Deconv(nn.Module):
+    """A transposed convolution with stride 2, [B, H, W, C] -> [B, 2H, 2W, D]: the gradient of `Conv` by its input.
+
+    For 5x5 it is PyTorch's ConvTranspose2d without padding, cropped to [1 : 1 + 2H], and neither its padding of 2 nor
+    of 2 with an output padding of 1. The kernel is [h, w, D, C], as TensorFlow has it.
+    """
+
+    features: int
+    size: int = 5
+    start: str | float = "he"
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        channels, area = images.shape[-1], self.size**2
+        deviation = fan_deviation(channels * area / 4, self.features * area, self.start)
+        kernel = self.param("kernel", uniform(deviation), (self.size, self.size, self.features, channels))
+        images = jax.lax.conv_transpose(
+            images, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), transpose_kernel=True
+        )
+        return images + self.param("bias", nn.initializers.zeros, (self.features,))
+
+
+class Conv1D(nn.Module):
+    """A convolution along the length of [B, L, C], stride 1, an odd size, padded with zeros to keep the length.
+
+    One product of the windows with the kernel [size, C, D], which on a CPU is several times faster than XLA's
+    convolution in one dimension. Raises: `ValueError` for an even size.
+    """
+
+    features: int
+    size: int
+    start: str | float = "he"
+
+    @nn.compact
+    def __call__(self, text: jax.Array) -> jax.Array:
+        if self.size % 2 == 0:
+            raise ValueError(f"a window of even size {self.size} has no middle")
+        channels, length = text.shape[-1], text.shape[1]
+        deviation = fan_deviation(channels * self.size, self.features * self.size, self.start)
+        kernel = self.param("kernel", uniform(deviation), (self.size, channels, self.features))
+        reach = self.size // 2
+        padded = jnp.pad(text, ((0, 0), (reach, reach), (0, 0)))
+        windows = jnp.concatenate([padded[:, place : place + length] for place in range(self.size)], axis=-1)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return windows @ kernel.reshape(-1, self.features) + bias
+
+
+NORMS = ("batch", "layer", "none")
+
+
+class Norm(nn.Module):
+    """A normalisation by name: "batch", "layer" (see `LayerNorm`) or "none".
+
+    `train`: "batch" takes the statistics of the batch and moves its running ones (collection `batch_stats`); otherwise
+    it takes the running ones. Raises: `ValueError` for another name.
+    """
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
+        if self.kind not in NORMS:
+            raise ValueError(f"unknown normalisation {self.kind!r}; valid: {', '.join(NORMS)}")
+        if self.kind == "batch":
+            return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=EPSILON, name="batch")(inputs)
+        return LayerNorm(name="layer")(inputs) if self.kind == "layer" else inputs
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance over all of a sample, a scale and an offset per channel. Not PyTorch's of the same name."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return nn.GroupNorm(num_groups=1, epsilon=EPSILON, name="norm")(inputs)
+
+
+def depth_to_space(images: jax.Array) -> jax.Array:
+    """[B, H, W, 4C] -> [B, 2H, 2W, C]; the channels are read as (dy, dx, c), as TensorFlow does for this layout."""
+    batch, height, width, channels = images.shape
+    images = images.reshape(batch, height, width, 2, 2, channels // 4)
+    return images.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * height, 2 * width, channels // 4)
