@@ -28,6 +28,7 @@ from stabletrain.errors import (
     Interrupted,
     StableTrainError,
 )
+from stabletrain.training.lock import in_use
 
 FINISHED = ("done", "diverged")
 POLL_SECONDS = 0.2
@@ -114,6 +115,9 @@ class LocalEngine:
     def run(self, jobs: Sequence[Job], report: Callable[[list[JobStatus]], None]) -> list[JobStatus]:
         """Runs the missing jobs in order. SIGTERM and SIGINT are passed on; running jobs checkpoint before this raises.
 
+        A job that another process is at work on (left behind by an engine that was killed, or started by hand) is
+        waited for.
+
         Raises: `JobFailedError` at once for a job with a bad configuration or missing data (each of the others would
         meet the same); `Interrupted` when asked to stop.
         """
@@ -128,8 +132,8 @@ class LocalEngine:
             while waiting or running:
                 if signals:
                     raise Interrupted(EXIT_INTERRUPTED if signals[0] == signal.SIGINT else EXIT_PREEMPTED)
-                while waiting and len(running) < self.workers:
-                    job = waiting.pop(0)
+                while len(running) < self.workers and (free := _first_free(waiting)) is not None:
+                    job = waiting.pop(free)
                     starts[job.name] += 1
                     slot = min(set(range(self.workers)) - {item.slot for item in running})
                     running.append(self._start(job, slot))
@@ -140,6 +144,7 @@ class LocalEngine:
                     again = self._ended(item, starts, failed)
                     if again:
                         waiting.insert(0, item.job)
+                waiting = [job for job in waiting if job_status(job).state not in FINISHED]  # by another process
                 now = [self._status(job, starts, failed) for job in jobs]
                 if now != last:
                     report(now)
@@ -187,6 +192,11 @@ class LocalEngine:
             return True
         failed[item.job.name] = f"ended with code {code} {starts[item.job.name]} times: {tail}"
         return False
+
+
+def _first_free(waiting: Sequence[Job]) -> int | None:
+    """The index of the first job that no other process is at work on."""
+    return next((index for index, job in enumerate(waiting) if not in_use(job.run_dir)), None)
 
 
 def _stop(running: Sequence[_Running]) -> None:

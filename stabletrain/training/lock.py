@@ -92,6 +92,20 @@ class RunLock:
             )
 
 
+def in_use(run_dir: Path) -> bool:
+    """Whether another process of this machine is at work in a run directory, by what the lock file says.
+
+    It takes no lock itself, so that it cannot be in the way of somebody who is about to.
+    """
+    try:
+        with (run_dir / LOCK_FILE).open("rb") as file:
+            holder = _holder(file.fileno())
+    except OSError:
+        return False
+    pid = holder.get("pid")
+    return holder.get("host") == socket.gethostname() and isinstance(pid, int) and pid != os.getpid() and _lives(pid)
+
+
 def _holder(descriptor: int) -> dict[str, object]:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -154,3 +155,33 @@ def test_a_damaged_study_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"name": "x"')
     with pytest.raises(JobFailedError, match="damaged"):
         read_study(tmp_path)
+
+
+ELSEWHERE = textwrap.dedent(
+    """
+    import json, pathlib, sys, time
+    from stabletrain.training.lock import RunLock
+    path, ending = pathlib.Path(sys.argv[1]), sys.argv[2]
+    RunLock(path).acquire()
+    print("held", flush=True)
+    time.sleep(1.0)
+    if ending == "done":
+        (path / "status.json").write_text(json.dumps(dict(state="done", step=9, total_steps=9)))
+    """
+)
+
+
+@pytest.mark.parametrize(("ending", "started"), [("done", 0), ("killed", 1)])
+def test_a_run_that_another_process_is_at_work_on_is_waited_for(
+    engine: LocalEngine, tmp_path: Path, ending: str, started: int
+) -> None:
+    """An engine that was killed leaves its jobs running; the next call neither disturbs nor fails them."""
+    held, free = jobs(tmp_path, "works", "also-works")
+    held.run_dir.mkdir(parents=True)
+    command = [sys.executable, "-c", ELSEWHERE, str(held.run_dir), ending]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        ended = engine.run([held, free], quiet)
+    assert [status.state for status in ended] == ["done", "done"]
+    assert (starts(held), starts(free)) == (started, 1)
