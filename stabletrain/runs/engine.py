@@ -134,6 +134,8 @@ class LocalEngine:
                     raise Interrupted(EXIT_INTERRUPTED if signals[0] == signal.SIGINT else EXIT_PREEMPTED)
                 while len(running) < self.workers and (free := _first_free(waiting)) is not None:
                     job = waiting.pop(free)
+                    if job_status(job).state in FINISHED:  # by another process, which has just let go of it
+                        continue
                     starts[job.name] += 1
                     slot = min(set(range(self.workers)) - {item.slot for item in running})
                     running.append(self._start(job, slot))
@@ -144,7 +146,6 @@ class LocalEngine:
                     again = self._ended(item, starts, failed)
                     if again:
                         waiting.insert(0, item.job)
-                waiting = [job for job in waiting if job_status(job).state not in FINISHED]  # by another process
                 now = [self._status(job, starts, failed) for job in jobs]
                 if now != last:
                     report(now)
