@@ -169,7 +169,7 @@ def steps_to_score(groups: Sequence[Group], metric: str, threshold: float, mode:
 
 ORDINARY_EVENTS = (
     "start", "checkpoint", "evaluation", "best", "done", "resume", "restart", "interrupted", "changed-option",
-    "changed-devices",
+    "changed-devices", "samples",
 )  # fmt: skip
 """Kinds of events that say nothing about the stability of the training."""
 

@@ -26,6 +26,8 @@ class Evaluation:
 
     scalars: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    shown: str = ""
+    """Told while the run goes on, as an event: a few samples where they are text."""
 
 
 class EvaluationContext(Protocol):

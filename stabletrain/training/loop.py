@@ -289,6 +289,8 @@ class _Session:
             self.run.write_file(name, content)
         shutil.rmtree(scratch, ignore_errors=True)
         self.journal.event(self.clock.step, "evaluation", seconds=round(time.monotonic() - begun, 3))
+        if evaluation.shown:
+            self.journal.event(self.clock.step, "samples", message=evaluation.shown)
         return {name: float(value) for name, value in evaluation.scalars.items()}
 
     def _improved(self) -> bool:
