@@ -39,9 +39,15 @@ class SurfaceOptions:
     fixed_steps: int = option(600, "Rounds against fixed fakes.", minimum=1)
     trained_steps: int = option(2000, "Generator steps.", minimum=1)
     clip: float = option(0.01, "Limit of the weights under clipping.", minimum=0.0)
-    penalty: float = option(10.0, "Weight of the gradient penalty.", minimum=0.0)
+    penalty: float = option(10.0, "Weight of the penalty against fixed fakes.", minimum=0.0)
     penalty_rate: float = option(1e-4, "Learning rate with the penalty (Adam).", minimum=0.0)
     clip_rate: float = option(5e-5, "Learning rate with clipping (RMSProp).", minimum=0.0)
+    trained_penalty: float = option(
+        0.1, "Weight of the penalty where the generator trains, as in the released toy.", minimum=0.0
+    )
+    trained_rates: float = option(
+        10.0, "Factor of both learning rates where the generator trains; the release has 1.", minimum=0.0
+    )
     grid: int = option(128, "Points of the grid along each axis.", minimum=2)
     extent: float = option(2.0, "Half the width of the square that is drawn.", minimum=0.1)
 
@@ -166,19 +172,21 @@ def value_surfaces(
         of_figure = []
         for toy in options.datasets:
             for method in METHODS:
+                trained = generator == "trained"
+                factor = options.trained_rates if trained else 1.0
                 settings = ToySettings(
                     toy=toy,
                     method=method,
                     generator=generator,
-                    steps=options.fixed_steps if generator == "noise" else options.trained_steps,
+                    steps=options.trained_steps if trained else options.fixed_steps,
                     width=options.width,
                     hidden=options.hidden,
                     batch_size=options.batch_size,
                     critic_steps=options.critic_steps,
                     clip=options.clip,
-                    penalty=options.penalty,
-                    penalty_rate=options.penalty_rate,
-                    clip_rate=options.clip_rate,
+                    penalty=options.trained_penalty if trained else options.penalty,
+                    penalty_rate=factor * options.penalty_rate,
+                    clip_rate=factor * options.clip_rate,
                     seed=seed,
                 )
                 label = f"{generator} {toy} {method}"
