@@ -159,7 +159,7 @@ def test_bound_holds_and_is_reached(variant):
 
 
 def test_the_shift_is_a_constant_for_the_gradient():
-    """Released: a closer neighbour of the same class changes the value through the shift, but feels no gradient by it."""
+    """Released: a closer neighbour of the same class changes the value by the shift, but feels no gradient by it."""
     labels = np.array([0, 0, 1])
 
     @jax.jit
