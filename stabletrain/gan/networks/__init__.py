@@ -59,6 +59,12 @@ class NetworkOptions:
     """Shortcuts of the discriminator receive ReLU(x), as StudioGAN's in-place activation makes them."""
     style_mixing: float = 0.0
     """Probability of mixing two latents' styles in training, where there are styles."""
+    architecture: int = 0
+    """Number of a random architecture."""
+    scan_blocks: bool = False
+    """Equal blocks as one compiled loop: less to compile, and slower on a CPU."""
+    remat: bool = False
+    """Activations are computed again in the backward pass: less memory, and slower."""
     dtype: Any = None
     """Type of matrix products and convolutions; None: float32."""
 
@@ -87,6 +93,8 @@ class NetworkSpec:
     """The generator has styles: mixing and path length regularisation are possible."""
     mixes_samples: bool = False
     """A feature of the discriminator depends on the whole batch whatever the options (minibatch statistics)."""
+    kinds: frozenset[str] = frozenset({"images"})
+    """The kinds of domain (`stabletrain.gan.domains.DomainSpec.kind`) whose samples it makes and judges."""
     check: Callable[[NetworkOptions], None] = _accepted
     """Raises `ConfigError` for options that it cannot be built with, naming valid ones."""
 
@@ -103,6 +111,89 @@ def _mlp_discriminator(options: NetworkOptions) -> Any:
     return MLPDiscriminator.of(options)
 
 
+def _lsun(name: str, about: str) -> NetworkSpec:
+    """One of the pairs that WGAN-GP's paper trains on LSUN bedrooms."""
+
+    def generator(options: NetworkOptions) -> Any:
+        from stabletrain.gan.networks.lsun import lsun_generator
+
+        return lsun_generator(name, options)
+
+    def discriminator(options: NetworkOptions) -> Any:
+        from stabletrain.gan.networks.lsun import lsun_critic
+
+        return lsun_critic(name, options)
+
+    def check(options: NetworkOptions) -> None:
+        from stabletrain.gan.networks.lsun import check_lsun
+
+        check_lsun(options)
+
+    unnormalised = {"plain-g": {"discriminator_norm"}, "mlp-g": {"discriminator_norm"}, "no-norm": set()}
+    return NetworkSpec(
+        help=about,
+        generator=generator,
+        discriminator=discriminator,
+        follows=frozenset(unnormalised.get(name, {"generator_norm", "discriminator_norm"})),
+        defaults={"z_dim": 128, "generator_width": 64, "discriminator_width": 64},
+        check=check,
+    )
+
+
+def _resnet101_generator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.resnet101 import resnet101_generator
+
+    return resnet101_generator(options)
+
+
+def _resnet101_discriminator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.resnet101 import resnet101_critic
+
+    return resnet101_critic(options)
+
+
+def _check_resnet101(options: NetworkOptions) -> None:
+    from stabletrain.gan.networks.resnet101 import check_resnet101
+
+    check_resnet101(options)
+
+
+def _random_generator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.random_architecture import random_generator
+
+    return random_generator(options)
+
+
+def _random_discriminator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.random_architecture import random_critic
+
+    return random_critic(options)
+
+
+def _check_random(options: NetworkOptions) -> None:
+    from stabletrain.gan.networks.random_architecture import check_random
+
+    check_random(options)
+
+
+def _text_generator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.text_resnet import text_generator
+
+    return text_generator(options)
+
+
+def _text_discriminator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.text_resnet import text_critic
+
+    return text_critic(options)
+
+
+def _check_text(options: NetworkOptions) -> None:
+    from stabletrain.gan.networks.text_resnet import check_text
+
+    check_text(options)
+
+
 NETWORKS: dict[str, NetworkSpec] = {
     "mlp": NetworkSpec(
         help="Fully connected, for images of up to 32 pixels and for points.",
@@ -111,6 +202,38 @@ NETWORKS: dict[str, NetworkSpec] = {
         follows=frozenset({"depth", "generator_norm", "generator_spectral", "discriminator_spectral"}),
         defaults={"z_dim": 32, "generator_width": 256, "discriminator_width": 256, "depth": 2},
         convolutional=False,
+        kinds=frozenset({"images", "points"}),
+    ),
+    "lsun-dcgan": _lsun("dcgan", "DCGAN of the LSUN comparison: 5x5 convolutions, widths doubling."),
+    "lsun-plain-g": _lsun("plain-g", "LSUN comparison: generator of constant width without normalisation."),
+    "lsun-mlp-g": _lsun("mlp-g", "LSUN comparison: generator of four fully connected layers of 512."),
+    "lsun-no-norm": _lsun("no-norm", "LSUN comparison: DCGAN without any normalisation."),
+    "lsun-gated": _lsun("gated", "LSUN comparison: tanh times a sigmoid gate after every layer."),
+    "lsun-tanh": _lsun("tanh", "LSUN comparison: tanh for every nonlinearity."),
+    "resnet101": NetworkSpec(
+        help="101-layer bottleneck residual networks, for images of 64 pixels.",
+        generator=_resnet101_generator,
+        discriminator=_resnet101_discriminator,
+        follows=frozenset({"generator_norm", "discriminator_norm", "scan_blocks", "remat"}),
+        defaults={"z_dim": 128, "generator_width": 64, "discriminator_width": 64},
+        check=_check_resnet101,
+    ),
+    "random": NetworkSpec(
+        help="One of 9,216 random architectures (--architecture), for images of 8 to 32 pixels.",
+        generator=_random_generator,
+        discriminator=_random_discriminator,
+        follows=frozenset({"generator_norm", "discriminator_norm", "architecture"}),
+        defaults={"z_dim": 128, "generator_width": 64, "discriminator_width": 64},
+        check=_check_random,
+    ),
+    "text-resnet": NetworkSpec(
+        help="Residual networks over characters, for --dataset text.",
+        generator=_text_generator,
+        discriminator=_text_discriminator,
+        follows=frozenset({"depth"}),
+        defaults={"z_dim": 128, "generator_width": 512, "discriminator_width": 512, "depth": 5},
+        convolutional=False,
+        check=_check_text,
     ),
 }
 """Every pair of networks, by the name that `--network` takes."""

@@ -17,11 +17,14 @@ Source: Gulrajani et al. 2017, Section 5.2, Figure 2 and Appendix H, by the rele
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stabletrain.errors import ConfigError
+from stabletrain.gan.networks import NetworkOptions
 from stabletrain.gan.networks.tf_layers import Conv, Deconv, Linear, Norm
 
 LSUN_NAMES = ("dcgan", "plain-g", "mlp-g", "no-norm", "gated", "tanh", "resnet101")
@@ -65,21 +68,24 @@ class DcganGenerator(nn.Module):
     norm: str = "batch"
     activation: str = "relu"
     constant_width: bool = False
+    dtype: Any = None
 
     @nn.compact
-    def __call__(self, latent: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, latent: jax.Array, labels: jax.Array | None = None, *, train: bool) -> jax.Array:
+        del labels
         activate = _activation(self.activation, {"relu": nn.relu})
         copies = 2 if self.activation == "gated" else 1
         start: str | float = "he" if self.constant_width else START
         stages = halvings(self.size)
         widths = [self.width if self.constant_width else self.width << place for place in reversed(range(stages))]
-        images = Linear(copies * widths[0] * BASE**2, start=start, name="start")(latent)
+        images = Linear(copies * widths[0] * BASE**2, start=start, dtype=self.dtype, name="start")(latent)
         images = images.reshape(-1, BASE, BASE, copies * widths[0])
         images = activate(Norm(self.norm, name="norm_0")(images, train=train))
         for number, features in enumerate(widths[1:], start=1):
-            images = Deconv(copies * features, start=start, name=f"deconv_{number}")(images)
+            images = Deconv(copies * features, start=start, dtype=self.dtype, name=f"deconv_{number}")(images)
             images = activate(Norm(self.norm, name=f"norm_{number}")(images, train=train))
-        return jnp.tanh(Deconv(self.channels, start=start, name="image")(images))
+        images = Deconv(self.channels, start=start, dtype=self.dtype, name="image")(images)
+        return jnp.tanh(images.astype(jnp.float32))
 
 
 class MlpGenerator(nn.Module):
@@ -87,19 +93,20 @@ class MlpGenerator(nn.Module):
 
     size: int
     channels: int
+    dtype: Any = None
 
     @nn.compact
-    def __call__(self, latent: jax.Array, *, train: bool) -> jax.Array:
-        del train
+    def __call__(self, latent: jax.Array, labels: jax.Array | None = None, *, train: bool) -> jax.Array:
+        del labels, train
         hidden = latent
         for number in range(MLP_LAYERS):
-            hidden = nn.relu(Linear(MLP_UNITS, start="he", name=f"hidden_{number}")(hidden))
-        pixels = Linear(self.size**2 * self.channels, name="image")(hidden)
-        return jnp.tanh(pixels.reshape(-1, self.size, self.size, self.channels))
+            hidden = nn.relu(Linear(MLP_UNITS, start="he", dtype=self.dtype, name=f"hidden_{number}")(hidden))
+        pixels = Linear(self.size**2 * self.channels, dtype=self.dtype, name="image")(hidden)
+        return jnp.tanh(pixels.astype(jnp.float32).reshape(-1, self.size, self.size, self.channels))
 
 
 class DcganCritic(nn.Module):
-    """Images [B, size, size, C] -> scores [B]: 5x5 convolutions with stride 2 down to 4x4, then a linear layer.
+    """Images [B, size, size, C] -> features [B, F]: 5x5 convolutions with stride 2 down to 4x4.
 
     `norm` stands after every convolution but the first. With the penalty it must be "layer" or "none".
     `activation`: "leaky", "tanh" or "gated".
@@ -108,17 +115,18 @@ class DcganCritic(nn.Module):
     width: int = 64
     norm: str = "layer"
     activation: str = "leaky"
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         activate = _activation(self.activation, {"leaky": leaky})
         copies = 2 if self.activation == "gated" else 1
         for number in range(halvings(images.shape[1])):
-            images = Conv(copies * (self.width << number), 5, 2, START, name=f"conv_{number}")(images)
+            images = Conv(copies * (self.width << number), 5, 2, START, dtype=self.dtype, name=f"conv_{number}")(images)
             if number:
                 images = Norm(self.norm, name=f"norm_{number}")(images, train=train)
             images = activate(images)
-        return Linear(1, start=START, name="score")(images.reshape(len(images), -1))[:, 0]
+        return images.reshape(len(images), -1)
 
 
 def _activation(name: str, others: dict[str, Callable[[jax.Array], jax.Array]]) -> Callable[[jax.Array], jax.Array]:
@@ -126,3 +134,41 @@ def _activation(name: str, others: dict[str, Callable[[jax.Array], jax.Array]]) 
     if name not in known:
         raise ValueError(f"unknown activation {name!r}; valid: {', '.join(known)}")
     return known[name]
+
+
+def lsun_generator(name: str, options: NetworkOptions) -> nn.Module:
+    """The generator of one of the pairs, by its name."""
+    size, _, channels = options.sample_shape
+    if name == "mlp-g":
+        return MlpGenerator(size, channels, dtype=options.dtype)
+    return DcganGenerator(
+        size,
+        channels,
+        width=options.generator_width,
+        norm="none" if name in ("plain-g", "no-norm") else options.generator_norm,
+        activation=name if name in ("gated", "tanh") else "relu",
+        constant_width=name == "plain-g",
+        dtype=options.dtype,
+    )
+
+
+def lsun_critic(name: str, options: NetworkOptions) -> DcganCritic:
+    """The critic of one of the pairs, by its name."""
+    return DcganCritic(
+        width=options.discriminator_width,
+        norm="none" if name == "no-norm" else options.discriminator_norm,
+        activation=name if name in ("gated", "tanh") else "leaky",
+        dtype=options.dtype,
+    )
+
+
+def check_lsun(options: NetworkOptions) -> None:
+    """Raises: `ConfigError` for images whose side is not 4 * 2^n, and for labels."""
+    if len(options.sample_shape) != 3:
+        raise ConfigError(f"this network is for images, not for samples of shape {options.sample_shape}")
+    try:
+        halvings(options.sample_shape[0])
+    except ValueError as error:
+        raise ConfigError(f"{error}: --image-size") from error
+    if options.num_classes:
+        raise ConfigError("this network has no class-conditional layers: train it without labels")

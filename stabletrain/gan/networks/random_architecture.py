@@ -17,12 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stabletrain.errors import ConfigError
+from stabletrain.gan.networks import NetworkOptions
 from stabletrain.gan.networks.lsun import BASE, halvings, leaky
 from stabletrain.gan.networks.tf_layers import Conv, Deconv, Linear, Norm
 
 NONLINEARITIES = ("relu", "leaky-relu", "softplus", "tanh")
 DEPTHS = (4, 8, 12, 20)
 WIDTHS = (32, 64, 128)
+BASE_WIDTH = 64
+"""The width that `WIDTHS` are told for; networks of another base width have them in proportion."""
 CHOICES = (NONLINEARITIES, NONLINEARITIES, DEPTHS, DEPTHS, (False, True), (False, True), WIDTHS, WIDTHS)
 COUNT = int(np.prod([len(choice) for choice in CHOICES]))
 ORDER_SEED = 1704
@@ -91,34 +95,39 @@ class RandomGenerator(nn.Module):
     depth: int
     nonlinearity: str
     norm: str
+    dtype: Any = None
 
     @nn.compact
-    def __call__(self, latent: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, latent: jax.Array, labels: jax.Array | None = None, *, train: bool) -> jax.Array:
+        del labels
         stages = halvings(self.size)
         extra = _extra_layers(self.depth, stages)
         activate = ACTIVATIONS[self.nonlinearity]
         middle = middle_stage(self.size)
         features = self.width << (stages - 1)
-        images = Linear(features * BASE**2, start="he", name="start")(latent).reshape(-1, BASE, BASE, features)
+        start = Linear(features * BASE**2, start="he", dtype=self.dtype, name="start")(latent)
+        images = start.reshape(-1, BASE, BASE, features)
         images = activate(Norm(self.norm, name="norm_start")(images, train=train))
         for stage in range(stages):
             if stage == middle:
                 for number in range(extra):
-                    images = Conv(images.shape[-1], 3, name=f"extra_{number}")(images)
+                    images = Conv(images.shape[-1], 3, dtype=self.dtype, name=f"extra_{number}")(images)
                     images = activate(Norm(self.norm, name=f"norm_extra_{number}")(images, train=train))
             if stage < stages - 1:
-                images = Deconv(self.width << (stages - 2 - stage), name=f"deconv_{stage}")(images)
+                images = Deconv(self.width << (stages - 2 - stage), dtype=self.dtype, name=f"deconv_{stage}")(images)
                 images = activate(Norm(self.norm, name=f"norm_{stage}")(images, train=train))
-        return jnp.tanh(Deconv(self.channels, name="image")(images))
+        images = Deconv(self.channels, dtype=self.dtype, name="image")(images)
+        return jnp.tanh(images.astype(jnp.float32))
 
 
 class RandomCritic(nn.Module):
-    """Images -> scores [B] with `depth` layers, the last one included; normalised after all but the first."""
+    """Images -> features [B, F] with `depth - 1` layers (the head is one more), all but the first normalised."""
 
     width: int
     depth: int
     nonlinearity: str
     norm: str
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -128,15 +137,15 @@ class RandomCritic(nn.Module):
         activate = ACTIVATIONS[self.nonlinearity]
         middle = middle_stage(size)
         for stage in range(stages):
-            images = Conv(self.width << stage, 5, 2, name=f"conv_{stage}")(images)
+            images = Conv(self.width << stage, 5, 2, dtype=self.dtype, name=f"conv_{stage}")(images)
             if stage:
                 images = Norm(self.norm, name=f"norm_{stage}")(images, train=train)
             images = activate(images)
             if stages - 1 - stage == middle:
                 for number in range(extra):
-                    images = Conv(images.shape[-1], 3, name=f"extra_{number}")(images)
+                    images = Conv(images.shape[-1], 3, dtype=self.dtype, name=f"extra_{number}")(images)
                     images = activate(Norm(self.norm, name=f"norm_extra_{number}")(images, train=train))
-        return Linear(1, name="score")(images.reshape(len(images), -1))[:, 0]
+        return images.reshape(len(images), -1)
 
 
 def _extra_layers(depth: int, stages: int) -> int:
@@ -144,3 +153,45 @@ def _extra_layers(depth: int, stages: int) -> int:
     if extra < 0:
         raise ValueError(f"images of side {BASE << stages} need at least {1 + stages} layers, not {depth}")
     return extra
+
+
+def random_generator(options: NetworkOptions) -> RandomGenerator:
+    """The generator of architecture `options.architecture`; its width is in proportion to `generator_width` / 64."""
+    chosen = architecture(options.architecture)
+    size, _, channels = options.sample_shape
+    return RandomGenerator(
+        size=size,
+        channels=channels,
+        width=_scaled(chosen.generator_width, options.generator_width),
+        depth=chosen.generator_depth,
+        nonlinearity=chosen.generator_nonlinearity,
+        norm=options.generator_norm if chosen.generator_norm else "none",
+        dtype=options.dtype,
+    )
+
+
+def random_critic(options: NetworkOptions) -> RandomCritic:
+    """The critic of architecture `options.architecture`; normalised by `discriminator_norm` where it is normalised."""
+    chosen = architecture(options.architecture)
+    return RandomCritic(
+        width=_scaled(chosen.critic_width, options.discriminator_width),
+        depth=chosen.critic_depth,
+        nonlinearity=chosen.critic_nonlinearity,
+        norm=options.discriminator_norm if chosen.critic_norm else "none",
+        dtype=options.dtype,
+    )
+
+
+def _scaled(width: int, base: int) -> int:
+    return max(1, width * base // BASE_WIDTH)
+
+
+def check_random(options: NetworkOptions) -> None:
+    """Raises: `ConfigError` for images, a number or a base width that no architecture is for."""
+    size = options.sample_shape[0]
+    if len(options.sample_shape) != 3 or size not in (8, 16, 32):
+        raise ConfigError(f"--network random is for images of 8, 16 or 32 pixels, not {options.sample_shape}")
+    if not 0 <= options.architecture < COUNT:
+        raise ConfigError(f"there are {COUNT:,} architectures, numbered from 0: --architecture {options.architecture}")
+    if options.num_classes:
+        raise ConfigError("--network random has no class-conditional layers: train it without labels")

@@ -8,11 +8,14 @@ Source: Gulrajani et al. 2017, Section 5.2 and Appendix E, by the released gan_6
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from stabletrain.errors import ConfigError
+from stabletrain.gan.networks import NetworkOptions
 from stabletrain.gan.networks.tf_layers import Conv, Deconv, Linear, Norm, depth_to_space
 
 BRANCH_SCALE = 0.3
@@ -28,39 +31,50 @@ class Bottleneck(nn.Module):
     norm: str
     resample: str = "none"
     train: bool = False
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         channels = images.shape[-1]
-        branch = Conv(channels // 2, 1, name="reduce")(nn.relu(images))
+        branch = Conv(channels // 2, 1, dtype=self.dtype, name="reduce")(nn.relu(images))
         branch = nn.relu(branch)
         if self.resample == "up":
-            branch = Deconv(self.features // 2, 3, name="middle")(branch)
+            branch = Deconv(self.features // 2, 3, dtype=self.dtype, name="middle")(branch)
         else:
-            branch = Conv(self.features // 2, 3, 2 if self.resample == "down" else 1, name="middle")(branch)
-        branch = Conv(self.features, 1, bias=False, name="expand")(nn.relu(branch))
+            branch = Conv(self.features // 2, 3, 2 if self.resample == "down" else 1, dtype=self.dtype, name="middle")(
+                branch
+            )
+        branch = Conv(self.features, 1, bias=False, dtype=self.dtype, name="expand")(nn.relu(branch))
         branch = Norm(self.norm, name="norm")(branch, train=self.train)
-        return self._shortcut(images, channels) + BRANCH_SCALE * branch
+        shortcut = self._shortcut(images, channels)
+        return shortcut + BRANCH_SCALE * branch.astype(shortcut.dtype)
 
     def _shortcut(self, images: jax.Array, channels: int) -> jax.Array:
         if self.resample == "up":
-            return depth_to_space(Conv(4 * self.features, 1, start="glorot", name="shortcut")(images))
+            return depth_to_space(Conv(4 * self.features, 1, start="glorot", dtype=self.dtype, name="shortcut")(images))
         if self.resample == "down":
-            return Conv(self.features, 1, 2, start="glorot", name="shortcut")(images)
+            return Conv(self.features, 1, 2, start="glorot", dtype=self.dtype, name="shortcut")(images)
         if channels != self.features:
             raise ValueError(f"a block that keeps the size keeps its {channels} channels, not {self.features}")
         return images
 
 
-def equal_blocks(
-    images: jax.Array, count: int, *, norm: str, train: bool, scan: bool, remat: bool, name: str
-) -> jax.Array:
+class Blocks(Protocol):
+    """What a network says about its blocks."""
+
+    norm: str
+    scan: bool
+    remat: bool
+    dtype: Any
+
+
+def equal_blocks(images: jax.Array, count: int, network: Blocks, *, train: bool, name: str) -> jax.Array:
     """`count` blocks of the same shape, one after the other; to be called within a compact method."""
-    block: Any = nn.remat(Bottleneck, prevent_cse=not scan) if remat else Bottleneck
-    features = images.shape[-1]
-    if not scan:
+    block: Any = nn.remat(Bottleneck, prevent_cse=not network.scan) if network.remat else Bottleneck
+    arguments = (images.shape[-1], network.norm, "none", train, network.dtype)
+    if not network.scan:
         for number in range(count):
-            images = block(features, norm, "none", train, name=f"{name}_{number}")(images)
+            images = block(*arguments, name=f"{name}_{number}")(images)
         return images
     loop: Any = nn.scan(
         lambda module, carry, _: (module(carry), None),
@@ -68,7 +82,7 @@ def equal_blocks(
         split_rngs={"params": True},
         length=count,
     )
-    images, _ = loop(block(features, norm, "none", train, name=name), images, None)
+    images, _ = loop(block(*arguments, name=name), images, None)
     return images
 
 
@@ -80,25 +94,28 @@ class ResNet101Generator(nn.Module):
     norm: str = "batch"
     scan: bool = False
     remat: bool = False
+    dtype: Any = None
 
     @nn.compact
-    def __call__(self, latent: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, latent: jax.Array, labels: jax.Array | None = None, *, train: bool) -> jax.Array:
+        del labels
         widths = (8, 4, 2, 1, 0.5)
-        images = Linear(4 * 4 * 8 * self.width, name="start")(latent).reshape(-1, 4, 4, 8 * self.width)
+        start = Linear(4 * 4 * 8 * self.width, dtype=self.dtype, name="start")(latent)
+        images = start.reshape(-1, 4, 4, 8 * self.width)
         for stage, factor in enumerate(widths):
             features = int(factor * self.width)
             if stage:
-                images = Bottleneck(features, self.norm, "up", train, name=f"up_{stage}")(images)
+                images = Bottleneck(features, self.norm, "up", train, self.dtype, name=f"up_{stage}")(images)
             count = EQUAL_BLOCKS if stage < len(widths) - 1 else BLOCKS_AT_FULL_SIZE
-            options: Any = {"norm": self.norm, "train": train, "scan": self.scan, "remat": self.remat}
-            images = equal_blocks(images, count, **options, name=f"stage_{stage}")
-        images = Conv(self.channels, 1, start="glorot", name="image")(images)
-        return nn.tanh(OUTPUT_SCALE * images)
+            images = equal_blocks(images, count, self, train=train, name=f"stage_{stage}")
+        images = Conv(self.channels, 1, start="glorot", dtype=self.dtype, name="image")(images)
+        return nn.tanh(OUTPUT_SCALE * images.astype(jnp.float32))
 
 
 class ResNet101Critic(nn.Module):
-    """Images [B, 64, 64, channels] -> scores [B]; 101 layers as the generator.
+    """Images [B, 64, 64, channels] -> features [B, 4 * 4 * 8 width]: 100 layers, and the head that scores them is one.
 
+    The release divides the score by 5; so it is of the features here, whose head has then the same law and slopes.
     With the penalty the normalisation must be "layer" or "none".
     """
 
@@ -106,16 +123,50 @@ class ResNet101Critic(nn.Module):
     norm: str = "layer"
     scan: bool = False
     remat: bool = False
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         widths = (0.5, 1, 2, 4, 8)
-        images = Conv(self.width // 2, 1, start="glorot", name="image")(images)
+        images = Conv(self.width // 2, 1, start="glorot", dtype=self.dtype, name="image")(images)
         for stage, factor in enumerate(widths):
             features = int(factor * self.width)
             if stage:
-                images = Bottleneck(features, self.norm, "down", train, name=f"down_{stage}")(images)
+                images = Bottleneck(features, self.norm, "down", train, self.dtype, name=f"down_{stage}")(images)
             count = EQUAL_BLOCKS if stage else BLOCKS_AT_FULL_SIZE
-            options: Any = {"norm": self.norm, "train": train, "scan": self.scan, "remat": self.remat}
-            images = equal_blocks(images, count, **options, name=f"stage_{stage}")
-        return OUTPUT_SCALE * Linear(1, name="score")(images.reshape(len(images), -1))[:, 0]
+            images = equal_blocks(images, count, self, train=train, name=f"stage_{stage}")
+        return OUTPUT_SCALE * images.reshape(len(images), -1)
+
+
+def resnet101_generator(options: NetworkOptions) -> ResNet101Generator:
+    """The generator of the command line's options."""
+    return ResNet101Generator(
+        channels=options.sample_shape[2],
+        width=options.generator_width,
+        norm=options.generator_norm,
+        scan=options.scan_blocks,
+        remat=options.remat,
+        dtype=options.dtype,
+    )
+
+
+def resnet101_critic(options: NetworkOptions) -> ResNet101Critic:
+    """The critic of the command line's options."""
+    return ResNet101Critic(
+        width=options.discriminator_width,
+        norm=options.discriminator_norm,
+        scan=options.scan_blocks,
+        remat=options.remat,
+        dtype=options.dtype,
+    )
+
+
+def check_resnet101(options: NetworkOptions) -> None:
+    """Raises: `ConfigError` for other images than 64x64, for labels, and for widths that do not halve."""
+    if options.sample_shape[:2] != (64, 64):
+        raise ConfigError(f"resnet101 is for images of 64 pixels (--image-size 64), not {options.sample_shape}")
+    if options.num_classes:
+        raise ConfigError("--network resnet101 has no class-conditional layers: train it without labels")
+    for width in (options.generator_width, options.discriminator_width):
+        if width % 4:
+            raise ConfigError(f"--network resnet101 halves its width twice: it must be a multiple of 4, not {width}")

@@ -1,6 +1,7 @@
 """Layers as the released TensorFlow code of WGAN-GP has them: its starts, its padding, its normalisations.
 
-Weights start uniform with a standard deviation, biases at zero. Images are [B, H, W, C], text is [B, L, C].
+Weights start uniform with a standard deviation, biases at zero. Images are [B, H, W, C], text is [B, L, C]. `dtype` is
+the type of products; None computes in the type of inputs and weights.
 Source: Gulrajani et al. 2017, released code (tflib).
 """
 
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 
 EPSILON = 1e-5
 
@@ -43,13 +45,14 @@ class Linear(nn.Module):
 
     features: int
     start: str | float = "glorot"
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         fan_in = inputs.shape[-1]
         fan_out = fan_in if self.start == "he" else self.features
         init = uniform(fan_deviation(fan_in, fan_out, self.start))
-        return nn.Dense(self.features, kernel_init=init, name="linear")(inputs)
+        return nn.Dense(self.features, kernel_init=init, dtype=self.dtype, name="linear")(inputs)
 
 
 class Conv(nn.Module):
@@ -60,20 +63,21 @@ class Conv(nn.Module):
     stride: int = 1
     start: str | float = "he"
     bias: bool = True
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         channels, area = images.shape[-1], self.size**2
         deviation = fan_deviation(channels * area, self.features * area / self.stride**2, self.start)
         shape = (self.size, self.size, channels, self.features)
-        kernel = self.param("kernel", uniform(deviation), shape)
+        images, kernel = promote_dtype(images, self.param("kernel", uniform(deviation), shape), dtype=self.dtype)
         if self.size == 1:
             images = images[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         else:
             images = jax.lax.conv_general_dilated(
                 images, kernel, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-        return images + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else images
+        return _biased(self, images) if self.bias else images
 
 
 class Deconv(nn.Module):
@@ -86,16 +90,18 @@ class Deconv(nn.Module):
     features: int
     size: int = 5
     start: str | float = "he"
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         channels, area = images.shape[-1], self.size**2
         deviation = fan_deviation(channels * area / 4, self.features * area, self.start)
         kernel = self.param("kernel", uniform(deviation), (self.size, self.size, self.features, channels))
+        images, kernel = promote_dtype(images, kernel, dtype=self.dtype)
         images = jax.lax.conv_transpose(
             images, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), transpose_kernel=True
         )
-        return images + self.param("bias", nn.initializers.zeros, (self.features,))
+        return _biased(self, images)
 
 
 class Conv1D(nn.Module):
@@ -108,6 +114,7 @@ class Conv1D(nn.Module):
     features: int
     size: int
     start: str | float = "he"
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
@@ -116,11 +123,16 @@ class Conv1D(nn.Module):
         channels, length = text.shape[-1], text.shape[1]
         deviation = fan_deviation(channels * self.size, self.features * self.size, self.start)
         kernel = self.param("kernel", uniform(deviation), (self.size, channels, self.features))
+        text, kernel = promote_dtype(text, kernel, dtype=self.dtype)
         reach = self.size // 2
         padded = jnp.pad(text, ((0, 0), (reach, reach), (0, 0)))
         windows = jnp.concatenate([padded[:, place : place + length] for place in range(self.size)], axis=-1)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return windows @ kernel.reshape(-1, self.features) + bias
+        return _biased(self, windows @ kernel.reshape(-1, self.features))
+
+
+def _biased(layer: Any, outputs: jax.Array) -> jax.Array:
+    bias = layer.param("bias", nn.initializers.zeros, (layer.features,))
+    return outputs + bias.astype(outputs.dtype)
 
 
 NORMS = ("batch", "layer", "none")

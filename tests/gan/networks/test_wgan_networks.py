@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import flax.linen as nn
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stabletrain.errors import ConfigError
+from stabletrain.gan.networks import NETWORKS, NetworkOptions
 from stabletrain.gan.networks.lsun import DcganCritic, DcganGenerator, MlpGenerator, gate, halvings
 from stabletrain.gan.networks.random_architecture import (
     COUNT,
@@ -43,14 +46,28 @@ def layers(params) -> int:
     return sum("kernel" in path and "shortcut" not in path for path in paths)
 
 
+def scored(critic, variables):
+    """A weighted sum of the features, as a head makes one."""
+
+    def score(samples):
+        features, _ = critic.apply(variables, samples, train=True, mutable=["batch_stats"])
+        return features @ jnp.cos(jnp.arange(features.shape[1]))
+
+    return score
+
+
 # --- 101 layers -------------------------------------------------------------------------------------------------------
 
 
 def test_the_residual_networks_have_101_layers_and_the_released_numbers_of_parameters():
     generator = shapes_of(ResNet101Generator(), (2, 128), train=True)
     critic = shapes_of(ResNet101Critic(), (2, 64, 64, 3), train=True)
-    assert (layers(generator), layers(critic)) == (101, 101)
-    assert (count(generator), count(critic)) == (9_189_587, 7_618_801)
+    head = {
+        "kernel": jax.ShapeDtypeStruct((4 * 4 * 512, 1), np.float32),
+        "bias": jax.ShapeDtypeStruct((1,), np.float32),
+    }
+    assert (layers(generator), layers(critic) + layers({"head": head})) == (101, 101)
+    assert (count(generator), count(critic) + count(head)) == (9_189_587, 7_618_801)
 
 
 @pytest.mark.parametrize("resample", ["none", "down", "up"])
@@ -77,10 +94,12 @@ class Blocks(nn.Module):
 
     scan: bool
     remat: bool
+    norm: str = "layer"
+    dtype: type | None = None
 
     @nn.compact
     def __call__(self, images):
-        images = equal_blocks(images, 3, norm="layer", train=True, scan=self.scan, remat=self.remat, name="block")
+        images = equal_blocks(images, 3, self, train=True, name="block")
         return (images * jnp.cos(jnp.arange(images[0].size)).reshape(images[0].shape)).sum((1, 2, 3))
 
 
@@ -125,7 +144,8 @@ def test_dcgan_has_the_released_layers_at_64():
         (5, 5, 3, 64),
     ]
     assert [critic[f"conv_{number}"]["kernel"].shape[-1] for number in range(4)] == [64, 128, 256, 512]
-    assert critic["score"]["linear"]["kernel"].shape == (4 * 4 * 512, 1)
+    features = jax.eval_shape(lambda: DcganCritic().init_with_output(KEY, jnp.zeros((2, 64, 64, 3)), train=True))[0]
+    assert features.shape == (2, 4 * 4 * 512)
     assert sorted(name for name in critic if name.startswith("norm")) == ["norm_1", "norm_2", "norm_3"]
 
 
@@ -149,7 +169,7 @@ def test_a_pair_makes_images_and_scores_them_one_by_one(name):
     assert images.shape == (3, 8, 8, 2)
     assert float(jnp.abs(images).max()) <= 1
     params = critic.init(KEY, images, train=True)
-    check_per_sample(partial(critic.apply, params, train=True), images)
+    check_per_sample(scored(critic, params), images)
 
 
 def test_plain_generators_keep_their_width():
@@ -198,7 +218,7 @@ def test_depth_counts_every_layer_of_both_networks(depth, size):
     generator = RandomGenerator(size, 1, 8, depth, "relu", "batch")
     critic = RandomCritic(8, depth, "tanh", "layer")
     assert layers(shapes_of(generator, (1, 16), train=True)) == depth
-    assert layers(shapes_of(critic, (1, size, size, 1), train=True)) == depth
+    assert layers(shapes_of(critic, (1, size, size, 1), train=True)) + 1 == depth  # the head is the last one
 
 
 def test_further_layers_of_32_pixels_stand_at_8_with_twice_the_width():
@@ -216,11 +236,11 @@ def test_a_random_pair_runs_and_its_critic_mixes_no_samples():
     images, _ = generator.apply(generator.init(KEY, latent, train=True), latent, train=True, mutable=["batch_stats"])
     assert images.shape == (4, 8, 8, 1)
     critic = RandomCritic(4, 4, "leaky-relu", "layer")
-    check_per_sample(partial(critic.apply, critic.init(KEY, images, train=True), train=True), images)
+    check_per_sample(scored(critic, critic.init(KEY, images, train=True)), images)
     mixing = RandomCritic(4, 4, "leaky-relu", "batch")
     variables = mixing.init(KEY, images, train=True)
     with pytest.raises(ValueError, match="depends on the other samples"):
-        check_per_sample(lambda x: mixing.apply(variables, x, train=True, mutable=["batch_stats"])[0], images)
+        check_per_sample(scored(mixing, variables), images)
 
 
 def test_too_little_depth_for_the_size_is_refused():
@@ -238,15 +258,86 @@ def test_the_smooth_nonlinearity_is_close_to_elu():
 
 
 def test_the_language_model_has_the_published_sizes():
-    generator = shapes_of(TextGenerator(32, 100), (1, 128))
-    critic = shapes_of(TextCritic(), (1, 32, 100))
-    assert (count(generator), count(critic)) == (15_277_156, 13_180_417)  # by hand, from the layers' sizes
+    generator = shapes_of(TextGenerator(32, 100), (1, 128), train=True)
+    critic = shapes_of(TextCritic(), (1, 32, 100), train=True)
+    assert (count(generator), count(critic) + 32 * 512 + 1) == (
+        15_277_156,
+        13_180_417,
+    )
 
 
 def test_the_generator_gives_a_distribution_at_each_position_and_the_critic_mixes_no_samples():
     generator, critic = TextGenerator(6, 5, width=8, blocks=1), TextCritic(width=8, blocks=1)
     latent = jax.random.normal(KEY, (3, 4))
-    text = generator.apply(generator.init(KEY, latent), latent)
+    text = generator.apply(generator.init(KEY, latent, train=True), latent, train=True)
     assert text.shape == (3, 6, 5)
     np.testing.assert_allclose(text.sum(-1), 1, rtol=1e-6)
-    check_per_sample(partial(critic.apply, critic.init(KEY, text)), text)
+    check_per_sample(scored(critic, critic.init(KEY, text, train=True)), text)
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+NAMES = [*(f"lsun-{name}" for name in PAIRS), "resnet101", "random", "text-resnet"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_by_name_fit_the_familys_contract(name):
+    spec = NETWORKS[name]
+    shape = (5, 7) if name == "text-resnet" else (64, 64, 1) if name == "resnet101" else (8, 8, 1)
+    options = NetworkOptions(
+        sample_shape=shape,
+        num_classes=0,
+        z_dim=6,
+        generator_width=8,
+        discriminator_width=8,
+        depth=1,
+        discriminator_norm="layer",
+        scan_blocks=True,
+        dtype=jnp.bfloat16,
+    )
+    spec.check(options)
+    generator, critic = spec.generator(options), spec.discriminator(options)
+
+    def both(latent):
+        keys = {"params": KEY, "noise": KEY}
+        samples, variables = generator.init_with_output(keys, latent, None, train=True)
+        features, trunk = critic.init_with_output({"params": KEY}, samples, train=True)
+        assert set(variables) <= {"params", "batch_stats"}
+        assert set(trunk) == {"params"}
+        return samples, features, variables["params"]
+
+    samples, features, params = jax.eval_shape(both, jnp.zeros((2, 6)))
+    assert samples.shape == (2, *shape)
+    assert samples.dtype == jnp.float32
+    assert features.ndim == 2
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("random", {"sample_shape": (64, 64, 3)}, "8, 16 or 32"),
+        ("random", {"architecture": 9216}, "9,216"),
+        ("random", {"num_classes": 10}, "without labels"),
+        ("resnet101", {}, "64 pixels"),
+        ("resnet101", {"sample_shape": (64, 64, 3), "generator_width": 6}, "multiple of 4"),
+        ("lsun-dcgan", {"sample_shape": (28, 28, 1)}, "image-size"),
+        ("lsun-tanh", {"num_classes": 10}, "without labels"),
+        ("lsun-tanh", {"sample_shape": (2,)}, "images"),
+        ("text-resnet", {}, "dataset text"),
+    ],
+)
+def test_data_that_a_network_is_not_for_are_refused(name, changes, said):
+    options = NetworkOptions(sample_shape=(32, 32, 3), num_classes=0, z_dim=8, generator_width=8, discriminator_width=8)
+    with pytest.raises(ConfigError, match=said):
+        NETWORKS[name].check(replace(options, **changes))
+
+
+def test_widths_of_a_random_architecture_are_in_proportion_to_the_base_width():
+    chosen = architecture(3)
+    options = NetworkOptions(
+        sample_shape=(8, 8, 1), num_classes=0, z_dim=8, generator_width=8, discriminator_width=64, architecture=3
+    )
+    generator, critic = NETWORKS["random"].generator(options), NETWORKS["random"].discriminator(options)
+    assert (generator.width, critic.width) == (chosen.generator_width // 8, chosen.critic_width)
+    assert (generator.depth, generator.nonlinearity) == (chosen.generator_depth, chosen.generator_nonlinearity)
