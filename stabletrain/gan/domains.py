@@ -1,24 +1,23 @@
 """Domains: what a GAN of this family generates, and how that is judged.
 
 A domain owns the real samples and their evaluation; the experiment owns networks, losses and updates. Images are one
-domain; points in the plane and text are others, chosen by the data set's name.
+domain; points in the plane and text are others, chosen by the data set's name. Imports no JAX until one is built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import jax
-import numpy as np
-
-from stabletrain.data.spec import DataSpec
 from stabletrain.training.experiment import Evaluation, EvaluationContext
 
 if TYPE_CHECKING:
-    from stabletrain.gan.config import GanConfig
+    import numpy as np
+    from jax import Array
 
-Array = jax.Array
+    from stabletrain.data.spec import DataSpec
+    from stabletrain.gan.config import GanConfig
 
 
 class Model(Protocol):
@@ -80,7 +79,17 @@ class Domain(Protocol):
         """What `stabletrain sample` writes of float32 samples [N, *sample_shape], by relative path."""
 
 
-DomainBuilder = Callable[["GanConfig", "DataSpec | None"], Domain]
+@dataclass(frozen=True)
+class DomainSpec:
+    """A domain as the configuration knows it, before any data are read."""
+
+    build: Callable[[GanConfig, DataSpec | None], Domain]
+    """The second argument stands for the data where they are not needed (sampling, export)."""
+    kind: str = "images"
+    """`images`, `points` or `text`: which networks fit (`NetworkSpec.kinds`)."""
+    num_classes: int = 0
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Values of options that neither the user nor, where they differ, the method says; they win over the method's."""
 
 
 def _images(config: GanConfig, data_spec: DataSpec | None) -> Domain:
@@ -89,12 +98,13 @@ def _images(config: GanConfig, data_spec: DataSpec | None) -> Domain:
     return ImageDomain(config, data_spec)
 
 
-DOMAINS: dict[str, DomainBuilder] = {}
-"""Domains of data sets that are not images, by the name of the data set."""
+IMAGES = DomainSpec(build=_images)
+"""Every image data set of the catalogue, and the user's own images."""
+
+DOMAINS: dict[str, DomainSpec] = {}
+"""Domains of data sets that are not images, by the name that `--dataset` takes."""
 
 
-def build_domain(config: GanConfig, data_spec: DataSpec | None) -> Domain:
-    """The domain of the configured data set; `data_spec` stands for the data where they are not needed."""
-    if config.data is None and config.dataset in DOMAINS:
-        return DOMAINS[config.dataset](config, data_spec)
-    return _images(config, data_spec)
+def domain_of(config: GanConfig) -> DomainSpec:
+    """The domain of the configured data set. The user's own files are images unless the named data set is another."""
+    return DOMAINS.get(config.dataset, IMAGES)
