@@ -42,6 +42,9 @@ class SurfaceOptions:
     penalty: float = option(10.0, "Weight of the penalty against fixed fakes.", minimum=0.0)
     penalty_rate: float = option(1e-4, "Learning rate with the penalty (Adam).", minimum=0.0)
     clip_rate: float = option(5e-5, "Learning rate with clipping (RMSProp).", minimum=0.0)
+    fixed_rates: float = option(
+        10.0, "Factor of both learning rates against fixed fakes; the paper gives none.", minimum=0.0
+    )
     trained_penalty: float = option(
         0.1, "Weight of the penalty where the generator trains, as in the released toy.", minimum=0.0
     )
@@ -173,7 +176,7 @@ def value_surfaces(
         for toy in options.datasets:
             for method in METHODS:
                 trained = generator == "trained"
-                factor = options.trained_rates if trained else 1.0
+                factor = options.trained_rates if trained else options.fixed_rates
                 settings = ToySettings(
                     toy=toy,
                     method=method,

@@ -119,7 +119,8 @@ def surfaces_figure(surfaces: Sequence[Surface]) -> Any:
     for row, method in enumerate(methods):
         for column, toy in enumerate(toys):
             axis, panel = axes[row, column], by_place[method, toy]
-            _draw(axis, panel)
+            fake = panel.fake if panel.generator == "trained" else None
+            draw_surface(axis, panel.axis, panel.values, panel.real, fake)
             if row == 0:
                 axis.set_title(TITLES[toy], fontsize=10)
             if column == 0:
@@ -127,15 +128,16 @@ def surfaces_figure(surfaces: Sequence[Surface]) -> Any:
     return figure
 
 
-def _draw(axis: Any, panel: Surface) -> None:
-    finite = panel.values[np.isfinite(panel.values)]
+def draw_surface(axis: Any, places: Array, values: Array, real: Array, fake: Array | None) -> None:
+    """Contours of `values` [G, G] on the square grid of `places` [G], with real points [N, 2] and fakes, where given."""
+    finite = values[np.isfinite(values)]
     if finite.size and np.ptp(finite) > 0:
         levels = np.linspace(finite.min(), finite.max(), LEVELS + 2)[1:-1]
-        axis.contour(panel.axis, panel.axis, panel.values, levels=levels, cmap="viridis", linewidths=1.0)
-    axis.plot(*panel.real.T, ".", markersize=2.5, color="#E69F00", label="real")
-    if panel.generator == "trained":
-        axis.plot(*panel.fake.T, "+", markersize=3, markeredgewidth=0.6, color="#0072B2", label="generated")
-    extent = panel.axis[-1]
+        axis.contour(places, places, values, levels=levels, cmap="viridis", linewidths=1.0)
+    axis.plot(*real.T, ".", markersize=2.5, color="#E69F00", label="real")
+    if fake is not None:
+        axis.plot(*fake.T, "+", markersize=3, markeredgewidth=0.6, color="#0072B2", label="generated")
+    extent = places[-1]
     axis.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[], aspect="equal")
 
 
