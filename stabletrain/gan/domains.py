@@ -54,13 +54,25 @@ class Model(Protocol):
 class Domain(Protocol):
     """Real samples and their judgement. Built with the data, or (for sampling and export) from a `DataSpec` alone."""
 
-    sample_shape: tuple[int, ...]
-    num_classes: int
-    """0 where there are no labels, or where the run does not use them."""
-    class_names: tuple[str, ...]
-    data_spec: DataSpec
-    resident: Mapping[str, Any]
-    """Arrays that lie whole on every device; `real` finds them in its batch under their names."""
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one sample: (H, W, C) of images."""
+
+    @property
+    def num_classes(self) -> int:
+        """0 where there are no labels."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A name for each class."""
+
+    @property
+    def data_spec(self) -> DataSpec:
+        """The description that the run keeps."""
+
+    @property
+    def resident(self) -> Mapping[str, Any]:
+        """Arrays that lie whole on every device; `real` finds them in its batch under their names."""
 
     def batch(self, position: int, count: int) -> dict[str, np.ndarray]:
         """Host arrays of `count` examples, leading axis [count]: a pure function of (seed, position). Examples number
@@ -101,7 +113,18 @@ def _images(config: GanConfig, data_spec: DataSpec | None) -> Domain:
 IMAGES = DomainSpec(build=_images)
 """Every image data set of the catalogue, and the user's own images."""
 
-DOMAINS: dict[str, DomainSpec] = {}
+
+def _points(config: GanConfig, data_spec: DataSpec | None) -> Domain:
+    from stabletrain.gan.points import build_points
+
+    return build_points(config, data_spec)
+
+
+POINTS = DomainSpec(
+    build=_points, kind="points", values={"network": "mlp", "generator_norm": "none", "z_dim": 2, "depth": 3}
+)
+
+DOMAINS: dict[str, DomainSpec] = {"gaussians8": POINTS, "gaussians25": POINTS, "swissroll": POINTS}
 """Domains of data sets that are not images, by the name that `--dataset` takes."""
 
 

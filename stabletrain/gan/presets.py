@@ -1,0 +1,192 @@
+"""The methods by name: which parts each is made of, and how its papers train it. Imports no JAX.
+
+A preset says nothing that an option cannot say: `--method reacgan --conditioning projection` is BigGAN trained like
+ReACGAN. Where a value is not a preset's, the network's or the domain's default is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method: `parts` are its losses and regularisers, `network` and `training` what its paper uses at 32 pixels."""
+
+    help: str
+    parts: Values
+    network: str
+    training: Values = field(default_factory=dict)
+    small: Values = field(default_factory=dict)
+    """What differs from `SMALL` on small images."""
+
+
+# --- how they are trained ---------------------------------------------------------------------------------------------
+
+RESNET_CIFAR: Values = {
+    "batch_size": 64, "steps": 100_000, "d_steps": 5, "generator_lr": 2e-4, "discriminator_lr": 2e-4,
+    "beta1": 0.5, "beta2": 0.999, "adam_epsilon": 1e-6, "ema_decay": 0.0,
+}  # fmt: skip
+"""SNGAN, SAGAN and ACGAN on CIFAR as PyTorch-StudioGAN trains them."""
+
+BIGGAN_CIFAR: Values = {**RESNET_CIFAR, "ema_decay": 0.9999, "ema_start": 1000}
+REACGAN_CIFAR: Values = {**BIGGAN_CIFAR, "batch_size": 128, "generator_lr": 2.8284271e-4,
+                         "discriminator_lr": 2.8284271e-4}  # fmt: skip
+"""Twice the batch of BigGAN and ContraGAN, and a rate higher by the root of two."""
+
+STYLEGAN2_CIFAR: Values = {
+    "batch_size": 64, "steps": 200_000, "d_steps": 1, "generator_lr": 2.5e-3, "discriminator_lr": 2.5e-3,
+    "beta1": 0.0, "beta2": 0.99, "adam_epsilon": 1e-8, "ema_half_life": 500.0, "ema_ramp": 0.05,
+    "r1_weight": 0.01, "r1_every": 16, "style_mixing": 0.0,
+}  # fmt: skip
+
+BY_SIZE: Mapping[int, Values] = {
+    64: {
+        "batch_size": 1024, "steps": 100_000, "d_steps": 1, "generator_lr": 1e-4, "discriminator_lr": 4e-4,
+        "beta1": 0.0, "ema_start": 20_000, "class_weight": 0.75, "positive_margin": 1.0, "temperature": 0.75,
+        "embedding_dim": 768,
+    },
+    128: {
+        "batch_size": 256, "steps": 200_000, "d_steps": 2, "generator_lr": 5e-5, "discriminator_lr": 2e-4,
+        "beta1": 0.0, "ema_start": 20_000, "class_weight": 1.0, "positive_margin": 0.98, "temperature": 0.5,
+        "embedding_dim": 2048,
+    },
+}  # fmt: skip
+"""What changes for BigGAN's networks at 64 pixels (Tiny-ImageNet) and at 128 or more (ImageNet, batch 256)."""
+
+BIRDS: Values = {
+    "steps": 40_000, "ema_start": 4000, "class_weight": 0.25, "positive_margin": 0.95, "temperature": 0.25,
+    "embedding_dim": 1024,
+}  # fmt: skip
+"""CUB-200 at 128 pixels, beyond `BY_SIZE`."""
+
+SMALL: Values = {
+    "batch_size": 64, "steps": 6000, "d_steps": 1, "generator_lr": 2e-4, "discriminator_lr": 5e-4,
+    "beta1": 0.0, "beta2": 0.99, "adam_epsilon": 1e-6, "ema_decay": 0.999, "ema_start": 0, "embedding_dim": 128,
+    "class_weight": 1.0, "r1_every": 16, "generator_spectral": False, "discriminator_spectral": False,
+}  # fmt: skip
+"""For images of up to 16 pixels, or of a size that is no power of two, on two CPU cores, with fully connected networks.
+
+Without spectral normalisation, which tames the norms whose growth this family watches.
+"""
+
+# --- the methods ------------------------------------------------------------------------------------------------------
+
+_SPECTRAL = {"generator_spectral": True, "discriminator_spectral": True}
+_HINGE = {"adversarial": "hinge"}
+_REACGAN = {**_HINGE, "conditioning": "d2dce", "class_weight": 0.5, "temperature": 0.5, "positive_margin": 0.98}
+
+PRESETS: dict[str, Preset] = {
+    "reacgan": Preset(
+        "ReACGAN: Data-to-Data Cross-Entropy on the unit sphere (Kang et al. 2021).",
+        {**_REACGAN, "embedding_dim": 512, **_SPECTRAL}, "biggan", REACGAN_CIFAR,
+    ),
+    "reacgan-cr": Preset(
+        "ReACGAN with consistency regularisation (Zhang et al. 2020).",
+        {**_REACGAN, "embedding_dim": 512, **_SPECTRAL, "cr_weight": 10.0}, "biggan", REACGAN_CIFAR,
+    ),
+    "reacgan-diffaug": Preset(
+        "ReACGAN with DiffAugment (Zhao et al. 2020).",
+        {**_REACGAN, "embedding_dim": 512, **_SPECTRAL, "augmentation": "diffaug"}, "biggan",
+        {**REACGAN_CIFAR, "steps": 200_000},
+    ),
+    "reacgan-ada": Preset(
+        "ReACGAN with adaptive augmentation (Karras et al. 2020a) and the logistic loss.",
+        {**_REACGAN, "embedding_dim": 512, **_SPECTRAL, "adversarial": "non-saturating", "augmentation": "ada",
+         "augment_target": 0.7, "horizontal_flip": False},
+        "biggan", {**REACGAN_CIFAR, "steps": 400_000},
+    ),
+    "acgan": Preset(
+        "AC-GAN: softmax cross-entropy (Odena et al. 2017), on real samples only as ReACGAN compares it.",
+        {**_HINGE, "conditioning": "ac", "class_weight": 1.0, "generator_spectral": False,
+         "discriminator_spectral": False},
+        "sngan", RESNET_CIFAR,
+    ),
+    "acgan-normalized": Preset(
+        "AC-GAN with features and class weights on the unit sphere: the first half of ReACGAN.",
+        {**_HINGE, "conditioning": "ac-normalized", "class_weight": 1.0, "temperature": 0.5,
+         "generator_spectral": False, "discriminator_spectral": False},
+        "sngan", RESNET_CIFAR,
+    ),
+    "sngan": Preset(
+        "SNGAN: spectral normalisation of the discriminator, projection (Miyato et al. 2018; Miyato and Koyama 2018).",
+        {**_HINGE, "conditioning": "projection", "generator_spectral": False, "discriminator_spectral": True},
+        "sngan", RESNET_CIFAR, {"discriminator_spectral": True},
+    ),
+    "sagan": Preset(
+        "SAGAN: self-attention, spectral normalisation of both networks (Zhang et al. 2019).",
+        {**_HINGE, "conditioning": "projection", **_SPECTRAL}, "sagan", RESNET_CIFAR,
+        {"generator_spectral": True, "discriminator_spectral": True},
+    ),
+    "biggan": Preset(
+        "BigGAN: projection, shared class embedding, orthogonal start (Brock et al. 2019).",
+        {**_HINGE, "conditioning": "projection", **_SPECTRAL}, "biggan", BIGGAN_CIFAR,
+    ),
+    "contragan": Preset(
+        "ContraGAN: conditional contrastive loss 2C (Kang and Park 2020).",
+        {**_HINGE, "conditioning": "2c", "class_weight": 1.0, "temperature": 1.0, "embedding_dim": 512, **_SPECTRAL},
+        "biggan", BIGGAN_CIFAR,
+    ),
+    "tacgan": Preset(
+        "TAC-GAN: AC-GAN with a twin classifier of fakes (Gong et al. 2019).",
+        {**_HINGE, "conditioning": "ac", "auxiliary": "tac", "class_weight": 1.0, **_SPECTRAL}, "biggan",
+        BIGGAN_CIFAR,
+    ),
+    "adcgan": Preset(
+        "ADC-GAN: one classifier of classes, real and fake (Hou et al. 2022).",
+        {**_HINGE, "conditioning": "ac", "auxiliary": "adc", "class_weight": 1.0, **_SPECTRAL}, "biggan",
+        BIGGAN_CIFAR,
+    ),
+    "stylegan2": Preset(
+        "StyleGAN2 with its projection, lazy R1 (Karras et al. 2020b).",
+        {"adversarial": "non-saturating", "conditioning": "sg2-projection"}, "stylegan2", STYLEGAN2_CIFAR,
+        {"r1_weight": 0.01, "ema_half_life": 10.0, "ema_ramp": 0.05, "generator_lr": 2.5e-3,
+         "discriminator_lr": 2.5e-3},
+    ),
+    "stylegan2-d2dce": Preset(
+        "StyleGAN2 with D2D-CE in place of projection.",
+        {"adversarial": "non-saturating", "conditioning": "d2dce", "class_weight": 0.25, "temperature": 0.25,
+         "positive_margin": 0.98, "embedding_dim": 512},
+        "stylegan2", {**STYLEGAN2_CIFAR, "d_steps": 2},
+        {"r1_weight": 0.01, "ema_half_life": 10.0, "ema_ramp": 0.05, "generator_lr": 2.5e-3,
+         "discriminator_lr": 2.5e-3},
+    ),
+    "wgan-gp": Preset(
+        "WGAN-GP: Wasserstein critic with a gradient penalty (Gulrajani et al. 2017).",
+        {"adversarial": "wasserstein", "conditioning": "none", "gradient_penalty": 10.0,
+         "generator_spectral": False, "discriminator_spectral": False},
+        "wgan-gp-resnet",
+        {"batch_size": 64, "steps": 100_000, "d_steps": 5, "generator_lr": 2e-4, "discriminator_lr": 2e-4,
+         "beta1": 0.0, "beta2": 0.9, "adam_epsilon": 1e-8, "lr_decay": "linear", "ema_decay": 0.0},
+        {"d_steps": 5, "generator_lr": 1e-4, "discriminator_lr": 1e-4, "beta2": 0.9},
+    ),
+    "wgan": Preset(
+        "WGAN: Wasserstein critic with clipped weights (Arjovsky et al. 2017).",
+        {"adversarial": "wasserstein", "conditioning": "none", "weight_clip": 0.01, "optimizer": "rmsprop",
+         "generator_spectral": False, "discriminator_spectral": False},
+        "dcgan",
+        {"batch_size": 64, "steps": 200_000, "d_steps": 5, "generator_lr": 5e-5, "discriminator_lr": 5e-5,
+         "ema_decay": 0.0},
+        {"d_steps": 5, "generator_lr": 5e-5, "discriminator_lr": 5e-5},
+    ),
+    "lsgan": Preset(
+        "LSGAN: least squares (Mao et al. 2017).",
+        {"adversarial": "least-squares", "conditioning": "none", "generator_spectral": False,
+         "discriminator_spectral": False},
+        "dcgan", {**RESNET_CIFAR, "d_steps": 1},
+    ),
+    "dcgan": Preset(
+        "DCGAN: the non-saturating loss (Radford et al. 2016).",
+        {"adversarial": "non-saturating", "conditioning": "none", "generator_spectral": False,
+         "discriminator_spectral": False},
+        "dcgan", {**RESNET_CIFAR, "d_steps": 1},
+    ),
+}  # fmt: skip
+"""Every method, by the name that `--method` takes; the first is the default."""
+
+CONSTRUCTED: frozenset[str] = frozenset({"dcgan", "sagan", "stylegan2", "stylegan2-d2dce"})
+"""Methods that are a network: on small images too they have their own."""
