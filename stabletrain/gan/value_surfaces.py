@@ -129,7 +129,7 @@ def surfaces_figure(surfaces: Sequence[Surface]) -> Any:
 
 
 def draw_surface(axis: Any, places: Array, values: Array, real: Array, fake: Array | None) -> None:
-    """Contours of `values` [G, G] on the square grid of `places` [G], with real points [N, 2] and fakes, where given."""
+    """Contours of `values` [G, G] on the square grid of `places` [G], with real points and (if given) fakes [N, 2]."""
     finite = values[np.isfinite(values)]
     if finite.size and np.ptp(finite) > 0:
         levels = np.linspace(finite.min(), finite.max(), LEVELS + 2)[1:-1]

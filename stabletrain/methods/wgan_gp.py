@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.typing import ArrayLike
 
@@ -91,12 +92,12 @@ def gradient_penalty(
     the first. `one_sided` penalises only norms above the target: E[max(0, norm - target)^2].
 
     Differentiating it takes no second backward pass: see `gradient_norms`. The value is that of
-    `gradient_penalty_plain`, and so are the derivatives, of any order, by all that the critic closes over, by `real`
-    and by `fake`. Where a gradient is zero the penalty is target^2 and its derivative is taken as zero.
+    `gradient_penalty_plain`, and so are the derivatives in reverse mode, of any order, by all that the critic closes
+    over, by `real` and by `fake`; `jax.jvp` and `jax.jacfwd` take the plain form. Where a gradient is zero the penalty is target^2 and its derivative is taken as zero.
     It cannot see whether the critic's samples are independent; `check_per_sample` can.
 
-    Raises: `ValueError` for shapes or types that do not fit. `TypeError` (from JAX) when it is differentiated and the
-    critic holds a `jax.custom_vjp`, which has no forward mode; `gradient_penalty_plain` does without one.
+    Raises: `ValueError` for shapes or types that do not fit. `TypeError` (from JAX) in forward mode, and when it is
+    differentiated and the critic holds a `jax.custom_vjp`; `gradient_penalty_plain` does without forward mode.
     Source: Gulrajani et al. 2017, Eq. 3; one-sided: Appendix C. Differs: nothing is added under the square root.
     """
     norms = gradient_norms(critic, interpolate(real, fake, epsilon))
@@ -138,7 +139,7 @@ def gradient_norms(critic: Critic, inputs: jax.Array) -> jax.Array:
 
     With g_i = grad_x D(x_i) and u_i = g_i / ||g_i||, a change of the parameters (or of x) changes the norm by
     d||g_i|| = u_i . dg_i = d( JVP of D at x_i along the fixed u_i ). So training on the norms differentiates a
-    forward-mode derivative instead of a backward pass.
+    forward-mode derivative instead of a backward pass. Reverse mode only.
 
     Raises: `ValueError` when the critic does not return one number a sample.
     """
@@ -154,31 +155,55 @@ def gradient_norms(critic: Critic, inputs: jax.Array) -> jax.Array:
     return _norms(hoisted, inputs, tuple(closed.consts))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _norms(critic: Callable[..., jax.Array], inputs: jax.Array, captured: tuple[Any, ...]) -> jax.Array:
     return _direction_and_norm(_input_gradients(lambda x: critic(x, captured), inputs))[1]
 
 
-@partial(_norms.defjvp, symbolic_zeros=True)
-def _norms_jvp(
-    critic: Callable[..., jax.Array], primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array]:
-    inputs, captured = primals
-    direction, norms = _direction_and_norm(_input_gradients(lambda x: critic(x, captured), inputs))
-    along = direction.astype(inputs.dtype)
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Moving:
+    """Which of the inputs and the captured values are differentiated, by number."""
 
+    numbers: tuple[int, ...]
+
+
+def _norms_forward(
+    critic: Callable[..., jax.Array], inputs: CustomVJPPrimal, captured: tuple[CustomVJPPrimal, ...]
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    leaves = [leaf.value for leaf in (inputs, *captured)]
     # what is not differentiated (the inputs, in training) stays out of the derivative, which it would make dearer
-    leaves, changes = [inputs, *captured], [tangents[0], *tangents[1]]
-    moving = [i for i, change in enumerate(changes) if not isinstance(change, SymbolicZero)]
+    moving = tuple(
+        number
+        for number, leaf in enumerate((inputs, *captured))
+        if leaf.perturbed and jnp.issubdtype(leaf.value.dtype, jnp.inexact)
+    )
+    direction, norms = _direction_and_norm(_input_gradients(lambda x: critic(x, tuple(leaves[1:])), leaves[0]))
+    return norms, (leaves, direction, _Moving(moving))
 
-    def slopes(*moved: Any) -> jax.Array:  # u_i . grad_x D(x_i), [B]
-        x, *rest = (moved[moving.index(i)] if i in moving else leaf for i, leaf in enumerate(leaves))
-        return jax.jvp(lambda x: _scores(critic(x, tuple(rest)), len(x)), (x,), (along,))[1]
 
-    if not moving:
-        return norms, jnp.zeros_like(norms)
-    change = jax.jvp(slopes, [leaves[i] for i in moving], [changes[i] for i in moving])[1]
-    return norms, change.astype(norms.dtype)
+def _norms_backward(
+    critic: Callable[..., jax.Array], residuals: tuple[Any, ...], cotangent: Any
+) -> tuple[Any, tuple[Any, ...]]:
+    leaves, direction, moving = residuals
+    if isinstance(cotangent, SymbolicZero):
+        return None, (None,) * (len(leaves) - 1)
+    # The weight of each sample goes into its direction and not onto its slope: the pass back from the slopes is then
+    # the very pass that made the input gradients, and compilers do it once.
+    weights = cotangent.reshape(-1, *(1,) * (direction.ndim - 1))
+    along = (weights * direction).astype(leaves[0].dtype)
+
+    def slope(*moved: Any) -> jax.Array:  # sum_i along_i . grad_x D(x_i)
+        x, *rest = (moved[moving.numbers.index(i)] if i in moving.numbers else leaf for i, leaf in enumerate(leaves))
+        return jnp.sum(jax.jvp(lambda x: _scores(critic(x, tuple(rest)), len(x)), (x,), (along,))[1])
+
+    chosen = [leaves[number] for number in moving.numbers]
+    slopes = jax.grad(slope, argnums=tuple(range(len(chosen))))(*chosen) if chosen else ()
+    found = dict(zip(moving.numbers, slopes, strict=True))
+    return found.get(0), tuple(found.get(number) for number in range(1, len(leaves)))
+
+
+_norms.defvjp(_norms_forward, _norms_backward, symbolic_zeros=True)
 
 
 def gradient_norms_plain(critic: Critic, inputs: jax.Array) -> jax.Array:
