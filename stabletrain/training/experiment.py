@@ -76,6 +76,9 @@ class Experiment(Protocol):
     def weights(self, state: State) -> Mapping[str, Any]:
         """The parameters to use and to export, the preferred ones first: `ema` where an average is kept, `raw`."""
 
+    # An experiment may also have `events(metrics) -> Sequence[Mapping]`: what a step decided, told from its metrics
+    # (those under `monitor/` stand in no row), each with `kind` and usually `message`. The loop writes them down.
+
 
 @dataclass(frozen=True)
 class Shorthand:

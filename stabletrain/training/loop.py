@@ -244,12 +244,17 @@ class _Session:
         for step, metrics in enumerate(metrics_of_steps, start=first):
             findings = self.watch.see(step, step - 1 + self.clock.offset, metrics, may_roll_back=may_roll_back)
             self.rows.add(metrics)
-            for event in findings.events:
+            for event in (*findings.events, *self._own_events(metrics)):
                 self.journal.event(step, event.pop("kind"), **event)
             if findings.verdict is not None:
                 self.clock.step = step
                 return findings.verdict
         return None
+
+    def _own_events(self, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the experiment itself has to tell of a step, where it has a way to."""
+        events = getattr(self.experiment, "events", None)
+        return [] if events is None else [dict(event) for event in events(metrics)]
 
     # --- log, evaluate, checkpoint ----------------------------------------------------------------------------
 

@@ -380,3 +380,22 @@ def test_other_data_under_the_same_name_is_refused(tmp_path: Path):
         run_toy(tmp_path / "run", experiment=Failing)
     with pytest.raises(ConfigChangedError, match=r"fingerprint of 'toy' was 0123456789ab, now it is fedcba987654"):
         run_toy(tmp_path / "run", experiment=Other)
+
+
+# --- what the experiment tells ----------------------------------------------------------------------------------------
+
+
+def test_an_experiment_may_tell_of_its_own_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each step's events stand in events.jsonl under that step, once, though rows are fewer."""
+
+    def tell(self: ToyExperiment, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"kind": "small-loss", "loss": metrics["train/loss"]}] if metrics["train/loss"] < told_below else []
+
+    run_toy(tmp_path / "each", log_every=1)
+    losses = {row["step"]: row["train/loss"] for row in rows(tmp_path / "each")}
+    told_below = float(np.median(list(losses.values())))
+    monkeypatch.setattr(ToyExperiment, "events", tell, raising=False)
+    run_toy(tmp_path / "run", log_every=5)
+    found = {event["step"]: event["loss"] for event in events(tmp_path / "run", "small-loss")}
+    assert found == {step: loss for step, loss in losses.items() if loss < told_below}
+    assert 0 < len(found) < len(losses)
