@@ -124,7 +124,21 @@ POINTS = DomainSpec(
     build=_points, kind="points", values={"network": "mlp", "generator_norm": "none", "z_dim": 2, "depth": 3}
 )
 
-DOMAINS: dict[str, DomainSpec] = {"gaussians8": POINTS, "gaussians25": POINTS, "swissroll": POINTS}
+
+def _text(config: GanConfig, data_spec: DataSpec | None) -> Domain:
+    from stabletrain.gan.text import build_text
+
+    return build_text(config, data_spec)
+
+
+TEXT = DomainSpec(
+    build=_text,
+    kind="text",
+    values={"network": "text-resnet", "generator_width": 64, "discriminator_width": 64, "depth": 2, "z_dim": 128},
+)
+"""Small networks for two CPU cores; the paper's have a width of 512 and five blocks."""
+
+DOMAINS: dict[str, DomainSpec] = {"gaussians8": POINTS, "gaussians25": POINTS, "swissroll": POINTS, "text": TEXT}
 """Domains of data sets that are not images, by the name that `--dataset` takes."""
 
 

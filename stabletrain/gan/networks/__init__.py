@@ -233,6 +233,7 @@ NETWORKS: dict[str, NetworkSpec] = {
         follows=frozenset({"depth"}),
         defaults={"z_dim": 128, "generator_width": 512, "discriminator_width": 512, "depth": 5},
         convolutional=False,
+        kinds=frozenset({"text"}),
         check=_check_text,
     ),
 }
