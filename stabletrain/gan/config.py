@@ -164,7 +164,9 @@ class GanConfig(ScoreConfig):
     style_mixing: float | None = option(
         None, "Probability of mixing the styles of two latents.", panel=NETWORK, minimum=0.0, maximum=1.0
     )
-    architecture: int | None = option(None, "random: number of the architecture.", panel=NETWORK, minimum=0)
+    architecture: int | None = option(
+        None, "random: number of the architecture; the seed's by default.", panel=NETWORK, minimum=0
+    )
     scan_blocks: bool | None = option(None, "Equal blocks as one compiled loop.", panel=NETWORK)
     remat: bool | None = option(None, "Compute activations again in the backward pass.", panel=NETWORK)
 

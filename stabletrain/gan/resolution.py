@@ -346,7 +346,7 @@ def resolve(config: GanConfig) -> GanConfig:
         "shared_dim": 0,
         "generator_attention": (),
         "discriminator_attention": (),
-        "architecture": 0,
+        "architecture": config.seed,
         "scan_blocks": False,
         "remat": False,
         "batch_norm": "running",
