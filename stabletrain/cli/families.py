@@ -14,7 +14,13 @@ def _diffusion() -> Family:
     return FAMILY
 
 
-FAMILIES: dict[str, Callable[[], Family]] = {"diffusion": _diffusion}
+def _gan() -> Family:
+    from stabletrain.gan.family import FAMILY
+
+    return FAMILY
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {"diffusion": _diffusion, "gan": _gan}
 
 
 def family_called(name: str, where: str) -> Family:
