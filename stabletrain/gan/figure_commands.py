@@ -331,3 +331,54 @@ def _kept_depth(parts: Path, settings: Any, label: str, quiet: bool) -> Any:
     unfinished.write_text(json.dumps({**each.numbers(), "settings": asked}), encoding="utf-8")
     unfinished.replace(path)
     return each
+
+
+def random_architectures(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of runs named <row>-s<seed>.")],
+    metric: Annotated[str, typer.Option(metavar="NAME", help="Score; larger is better.")],
+    baseline: Annotated[str, typer.Option(metavar="ROW", help="Row that the others are compared with.")] = "gan",
+    minimum: Annotated[
+        list[float] | None, typer.Option(help="Thresholds. [default: twelve from noise to real data]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Also write the tables there.")] = None,
+    as_json: Annotated[bool, JSON] = False,
+) -> int:
+    """Compare methods over random architectures: who trains more of them (WGAN-GP, Tables 2 and 5), with tests."""
+    from stabletrain.gan.random_architectures import (
+        classifier_anchors,
+        compare,
+        grid,
+        read_scores,
+        to_csv,
+        to_document,
+        to_markdown,
+    )
+    from stabletrain.training.run_directory import RunDirectory, is_run
+
+    scores = read_scores(study, metric)
+    config = next(RunDirectory.open(path).config_values for path in sorted(study.iterdir()) if is_run(path))
+    anchors = None
+    if "-classifier" in metric and metric.startswith("eval/cs"):
+        _prepare(study, ".")
+        anchors = classifier_anchors(config["dataset"], config.get("data"))
+    if not minimum and anchors is None:
+        raise ConfigError("--minimum is needed for a score that is not a classifier's")
+    minimums = minimum or grid(*(anchors or (0.0, 0.0)))
+    others = [row for row in scores if row != baseline]
+    if not others:
+        raise ConfigError(f"{study} has no row besides {baseline!r} to compare it with")
+    comparisons = [compare(scores, baseline, row, minimums) for row in others]
+    text = "\n".join(f"### {each.second}\n\n{to_markdown(each, metric, anchors)}" for each in comparisons)
+    document = {"study": str(study), "comparisons": [to_document(each, metric, anchors) for each in comparisons]}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "random-architectures-success.md").write_text(text, encoding="utf-8")
+        (out / "random-architectures-success.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (out / "random-architectures-scores.csv").write_text(to_csv(scores), encoding="utf-8")
+    if as_json:
+        metrics = {f"{each.second}/sign_p": to_document(each, metric, anchors)["sign_p"] for each in comparisons}
+        head = {"run_dir": str(study), "status": "done", "step": 0, "metrics": metrics}
+        print(json.dumps({**head, **document}, indent=2))
+    else:
+        print(text)
+    return EXIT_OK
