@@ -35,7 +35,8 @@ class Swarm:
 
     replicas: Replica  # leaves [R, ...]
     alive: jax.Array  # bool [R]: not frozen
-    steps: jax.Array  # int32 [R]: steps done since the start of the window or of the simulation
+    steps: jax.Array  # int32 [R]: steps done since the start of the simulation
+    overflow: jax.Array  # bool [R]: a neighbour list was too short, and what followed is void
 
 
 @struct.dataclass
@@ -124,7 +125,8 @@ def start_swarm(
 
     energy, force = jax.vmap(lambda position: forces(params, position))(positions)
     replicas = Replica(positions, jax.vmap(velocities)(keys, positions), force, energy, jnp.zeros_like(energy))
-    return Swarm(replicas, jax.vmap(_is_finite)(replicas), jnp.zeros(len(positions), jnp.int32))
+    count = len(positions)
+    return Swarm(replicas, jax.vmap(_is_finite)(replicas), jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))
 
 
 def with_forces(forces: Forces, params: Params, swarm: Swarm) -> Swarm:
@@ -145,11 +147,13 @@ def make_window(
     *,
     steps: int,
     every: int,
+    crowded: Callable[[jax.Array], jax.Array] | None = None,
     max_displacement: float = MAX_DISPLACEMENT,
 ) -> Window:
     """`steps` steps with a frame after each `every`-th, to be compiled whole: wrap it in `jax.jit`.
 
-    The key is folded with the step and the replica's number; replicas never depend on each other.
+    The key is folded with the step and the replica's number; replicas never depend on each other. `crowded` says of
+    positions [n, 3] whether the neighbour list of the forces overflows there; see `Swarm.overflow`.
     Raises: `ValueError` unless `every` divides `steps`.
     """
     if every < 1 or steps < 1 or steps % every:
@@ -165,7 +169,7 @@ def make_window(
         def to_next_frame(swarm: Swarm, frame: jax.Array) -> tuple[Swarm, Frames]:
             def one_step(i: jax.Array, swarm: Swarm) -> Swarm:
                 number = jnp.uint32(frame * every + i)
-                return _step(force_of, masses, integrator, swarm, keys, number, max_displacement)
+                return _step(force_of, masses, integrator, swarm, keys, number, crowded, max_displacement)
 
             swarm = jax.lax.fori_loop(0, every, one_step, swarm)
             at = swarm.replicas
@@ -184,18 +188,23 @@ def _step(
     swarm: Swarm,
     keys: jax.Array,
     number: jax.Array,
+    crowded: Callable[[jax.Array], jax.Array] | None,
     max_displacement: float,
 ) -> Swarm:
     """One step of every replica that is alive and stays so; the others are as they were."""
 
-    def advance(replica: Replica, key: jax.Array, alive: jax.Array) -> tuple[Replica, jax.Array]:
+    def advance(
+        replica: Replica, key: jax.Array, alive: jax.Array, overflow: jax.Array
+    ) -> tuple[Replica, jax.Array, jax.Array]:
         new = integrator.step(force_of, masses, replica, jax.random.fold_in(key, number))
+        if crowded is not None:
+            overflow = overflow | (alive & crowded(new.position))
         moved = jnp.max(jnp.abs(new.position - replica.position))
         alive = alive & _is_finite(new) & (moved <= max_displacement)
-        return jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, replica), alive
+        return jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, replica), alive, overflow
 
-    replicas, alive = jax.vmap(advance)(swarm.replicas, keys, swarm.alive)
-    return Swarm(replicas, alive, swarm.steps + alive)
+    replicas, alive, overflow = jax.vmap(advance)(swarm.replicas, keys, swarm.alive, swarm.overflow)
+    return Swarm(replicas, alive, swarm.steps + alive, overflow)
 
 
 def _is_finite(replica: Replica) -> jax.Array:

@@ -1,0 +1,117 @@
+"""Options of StABlE Training and of the simulations it is judged by: part of the nnip family's configuration.
+
+Imports no JAX. **Units**: K, fs, A; 1 / ps for damping, ps for times of evaluations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stabletrain.errors import ConfigError
+from stabletrain.training.config import option
+
+DYNAMICS, STABLE, BENCHMARK = "Dynamics", "StABlE Training", "Stability benchmark"
+THERMOSTATS = ("nose-hoover", "langevin", "baoab")
+OBSERVABLES = ("distances", "bond-lengths", "none")
+RESIDUAL_NAMES = ("full-sample", "cross-fitted", "released")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableOptions:
+    """What `stabletrain nnip --stable` adds, and how its dynamics run."""
+
+    stable: bool = option(
+        False, "StABlE Training: simulate, and learn an observable from what fails. Needs --base.", panel=STABLE
+    )
+    base: str | None = option(None, "Run directory of the trained potential to start from.", panel=STABLE)
+    replicas: int = option(16, "Copies of the system that are simulated at once.", panel=DYNAMICS, minimum=2)
+    temperature: float = option(500.0, "Temperature in K.", panel=DYNAMICS, minimum=1.0)
+    timestep: float = option(0.5, "Time step in fs.", panel=DYNAMICS, minimum=0.001)
+    thermostat: str = option("nose-hoover", "Thermostat.", panel=DYNAMICS, choices=THERMOSTATS)
+    relaxation_time: float = option(10.0, "Nose-Hoover: relaxation time in fs.", panel=DYNAMICS, minimum=0.1)
+    damping: float = option(0.1, "langevin and baoab: friction in 1 / ps.", panel=DYNAMICS, minimum=0.0)
+    window: int = option(500, "Time steps of a window of dynamics: one epoch.", panel=DYNAMICS, minimum=1)
+    frame_every: int = option(20, "Time steps between recorded frames; divides the window.", panel=DYNAMICS, minimum=1)
+
+    observable: str = option(
+        "distances",
+        "What is learnt: the distribution of distances h(r); lengths of bonds, molecule by molecule (local "
+        "estimator); or none, the control that takes energy-force steps alone.",
+        panel=STABLE,
+        choices=OBSERVABLES,
+    )
+    residual: str = option(
+        "full-sample", "Which sample the observable's residual is taken of.", panel=STABLE, choices=RESIDUAL_NAMES
+    )
+    residual_batch: int = option(40, "--residual released: samples in a minibatch.", panel=STABLE, minimum=2)
+    energy_force_weight: float = option(
+        10.0,
+        "Weight of the energy-force loss against the observable's, as in the released code: that is lambda kT.",
+        panel=STABLE,
+        minimum=0.0,
+    )
+    stable_learning_rate: float = option(1e-3, "Learning rate of the learning phases (SGD).", panel=STABLE, minimum=0.0)
+    stable_clip: float = option(1.0, "Clip the global gradient norm to this.", panel=STABLE, minimum=1e-9)
+    max_unstable: float = option(
+        0.75, "Share of unstable replicas at which learning begins.", panel=STABLE, minimum=0.0, maximum=1.0
+    )
+    min_unstable: float = option(
+        0.0, "Share of unstable replicas at which learning ends.", panel=STABLE, minimum=0.0, maximum=1.0
+    )
+    restart_share: float = option(
+        0.05,
+        "Stable replicas that go back to a random earlier state when simulation begins anew.",
+        panel=STABLE,
+        minimum=0.0,
+        maximum=1.0,
+    )
+    plateau_patience: int = option(
+        10, "Windows without fewer unstable replicas after which the learning rate falls.", panel=STABLE, minimum=0
+    )
+    reuse_steps: int = option(
+        1, "Learning steps on one window's frames; above 1 they are reweighted.", panel=STABLE, minimum=1
+    )
+    reuse_ratio: float = option(
+        0.9,
+        "Effective share of the frames below which a window is not used again.",
+        panel=STABLE,
+        minimum=0.0,
+        maximum=1.0,
+    )
+    max_bond_deviation: float | None = option(
+        None, "Unstable: a bond this much longer or shorter than its mean, in A.", panel=STABLE, minimum=0.0
+    )
+    min_distance: float | None = option(
+        None, "Unstable: atoms of two molecules nearer than this, in A.", panel=STABLE, minimum=0.0
+    )
+
+    benchmark_replicas: int = option(
+        32, "Replicas of the stability benchmark in the evaluation; 0: none.", panel=BENCHMARK, minimum=0
+    )
+    benchmark_time: float = option(1.0, "Length of its simulations in ps.", panel=BENCHMARK, minimum=0.001)
+    benchmark_bond_deviation: float = option(
+        0.5, "Unstable in the benchmark: a bond this much longer or shorter than its mean, in A.", panel=BENCHMARK,
+        minimum=0.0,
+    )  # fmt: skip
+
+
+def stable_problems(config: StableOptions) -> list[str]:
+    """What is wrong with these options together, each as the sentence that the user reads."""
+    found = []
+    if config.stable and config.base is None:
+        found.append("--stable starts from a trained potential: name its run directory with --base")
+    if config.window % config.frame_every:
+        found.append(f"--frame-every {config.frame_every} does not divide --window {config.window}")
+    if config.residual != "full-sample" and config.observable == "none":
+        found.append(f"--residual {config.residual} does nothing with --observable none")
+    if config.reuse_steps > 1 and config.observable != "distances":
+        found.append("--reuse-steps reweights --observable distances and nothing else")
+    if config.min_unstable >= config.max_unstable:
+        found.append(f"--min-unstable {config.min_unstable:g} must be below --max-unstable {config.max_unstable:g}")
+    return found
+
+
+def check_stable(config: StableOptions) -> None:
+    """Raises: `ConfigError` for options that contradict each other or would do nothing."""
+    for problem in stable_problems(config):
+        raise ConfigError(problem)
