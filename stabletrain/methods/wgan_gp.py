@@ -93,8 +93,9 @@ def gradient_penalty(
 
     Differentiating it takes no second backward pass: see `gradient_norms`. The value is that of
     `gradient_penalty_plain`, and so are the derivatives in reverse mode, of any order, by all that the critic closes
-    over, by `real` and by `fake`; `jax.jvp` and `jax.jacfwd` take the plain form. Where a gradient is zero the penalty is target^2 and its derivative is taken as zero.
-    It cannot see whether the critic's samples are independent; `check_per_sample` can.
+    over, by `real` and by `fake`; `jax.jvp` and `jax.jacfwd` take the plain form. Where a gradient is zero the penalty
+    is target^2 and its derivative is taken as zero. It cannot see whether the critic's samples are independent;
+    `check_per_sample` can.
 
     Raises: `ValueError` for shapes or types that do not fit. `TypeError` (from JAX) in forward mode, and when it is
     differentiated and the critic holds a `jax.custom_vjp`; `gradient_penalty_plain` does without forward mode.
