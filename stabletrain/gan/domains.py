@@ -82,6 +82,10 @@ class Domain(Protocol):
         """Inside jit: samples [B, *sample_shape] float32 and labels int32 [B] (None without), from one slice [B] of
         `batch` together with `resident`. Randomness (dequantisation, flips) from `key`."""
 
+    def fixed(self, split: str, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Up to `count` samples of the split (`train` or `test`), evenly spread, as `real` makes them but without
+        augmentation, and their labels; none where the data have no such split."""
+
     def evaluate(self, model: Model, step: int, context: EvaluationContext) -> Evaluation:
         """Scores, pictures and figures of a trained model; names as the family's documentation lists them."""
 

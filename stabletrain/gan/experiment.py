@@ -5,6 +5,7 @@ A step is `d_steps` updates of the discriminator, each with new real samples and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from stabletrain.gan.conditioning import Head
 from stabletrain.gan.config import GanConfig, filled
 from stabletrain.gan.domains import domain_of
 from stabletrain.gan.indicators import LATENTS_PER_CLASS, PROBE_SAMPLES, Indicators, probed_classes, spread
+from stabletrain.gan.loss_meter import LossMeter
 from stabletrain.gan.objectives import CriticBatch, Objectives
 from stabletrain.gan.resolution import network_of, network_options
 from stabletrain.gan.sampling import GanModel, Programs
@@ -357,8 +359,17 @@ class GanExperiment:
         return Programs(self.generator, self.critic, mesh=self.mesh, chunk=self.config.sampling_batch)
 
     def evaluate(self, state: GanState, step: int, context: EvaluationContext) -> Evaluation:
-        """What the domain finds of the preferred weights."""
-        return self.domain.evaluate(self.model(state), step, context)
+        """What the domain finds of the preferred weights; of a Wasserstein critic also its loss as a meter."""
+        found = self.domain.evaluate(self.model(state), step, context)
+        if self.config.adversarial != "wasserstein":
+            return found
+        critic = {"params": state.critic.params, **state.critic.statistics}
+        meter = self._meter.measure(self.model(state, "raw"), critic, context)
+        return dataclasses.replace(found, scalars={**found.scalars, **meter})
+
+    @functools.cached_property
+    def _meter(self) -> LossMeter:
+        return LossMeter(self.config, self.critic, self.domain)
 
 
 STANDING_BATCHES = 16

@@ -101,6 +101,16 @@ class ImageDomain:
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
+    def fixed(self, split: str, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Up to `count` images of a split in [-1, 1], evenly spread, with their labels."""
+        assert self.dataset is not None, "a domain built for sampling has no data"
+        part = self.dataset.train if split == "train" else self.dataset.test
+        if not len(part) or (self.num_classes and part.labels is None):
+            return np.zeros((0, *self.sample_shape), np.float32), None
+        index = np.unique(np.linspace(0, len(part) - 1, min(len(part), count)).astype(np.int64))
+        labels = part.labels[index] if self.num_classes and part.labels is not None else None
+        return np.asarray(to_float(part.images.read(index))), labels
+
     def evaluate(self, model: Model, step: int, context: EvaluationContext) -> Evaluation:
         """Grids, the discriminator's gap between training and test images, and what the generated images are worth.
 

@@ -58,6 +58,10 @@ class PointsDomain:
         del key
         return batch["points"][batch["index"]], None
 
+    def fixed(self, split: str, count: int) -> tuple[np.ndarray, None]:
+        """The first points of a split."""
+        return (self._points if split == "train" else self._held_out)[:count], None
+
     def evaluate(self, model: Model, step: int, context: EvaluationContext) -> Evaluation:
         """Modes, distances and a picture of the critic's values.
 
