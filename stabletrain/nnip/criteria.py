@@ -123,6 +123,8 @@ class Criteria:
             raise ValueError("an RDF criterion needs RDFs with a reference of each")
         if self.thresholds.bond_deviation is not None and not len(self.system.bonds):
             raise ValueError("a bond criterion needs bonds, and this system has none")
+        if self.thresholds.intermolecular_distance is not None and not len(intermolecular_pairs(self.system)):
+            raise ValueError("a criterion of distances between molecules needs more than a single molecule")
 
     def values(self, frames: Frames) -> dict[str, jax.Array]:
         """Each active criterion of each frame, [R, F]; an RDF error is of all frames of the window, in each."""

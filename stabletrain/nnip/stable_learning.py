@@ -1,0 +1,245 @@
+"""One learning step of StABlE Training: the gradient of an observable and of energies and forces, added.
+
+    g = kT * d L_obs / dth  +  weight * d L_EF / dth,     th <- th - rate * clip(g)
+
+With the factor kT the weight is the released code's lambda (its observable gradient has no 1/kT); in the paper's own
+units it is weight / kT. L_obs is the squared error of an observable over the frames of a window, L_EF the loss of the
+potential's own training over the whole training set; no frame of the simulation is labelled.
+
+Source: Raja et al. 2025, Eq. 6 and Algorithm 1. **Units**: eV, A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stabletrain.methods.stable import (
+    Residual,
+    boltzmann_gradient,
+    energies_of,
+    flatten_histogram,
+    local_boltzmann_gradient,
+    observable_loss,
+    reweighted_gradient,
+    reweighting,
+    squared_error_cotangent,
+)
+from stabletrain.nnip.criteria import bond_lengths
+from stabletrain.nnip.observables import StaticObservable, mean_curve, smeared_distance_distribution
+from stabletrain.nnip.potential import Params, Potential
+from stabletrain.nnip.systems import System, molecules
+
+Array = jax.Array
+PERCENT = 100.0
+"""h(r) is learnt as percent of the distances in each interval, as the released code scales it."""
+LOCAL_BINS, LOCAL_PER_REPLICA = 100, 5
+"""Neighbourhoods are drawn evenly over this many intervals of the deviation, so many for each replica."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What an observable gives for one window."""
+
+    loss: Array
+    gradient: Params  # kT * dL/dth
+    used: Array  # how many samples
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How the gradient of an observable is estimated."""
+
+    kT: float  # eV
+    residual: Residual = "full-sample"
+    minibatch: int | None = None
+    chunk: int = 64
+
+
+ObservableGradient = Callable[[Potential, Params, Array, Array, Array], Learned]
+"""(potential, params, positions [N, n, 3], valid [N], key) -> loss and gradient."""
+
+
+# --- h(r) -------------------------------------------------------------------------------------------------------------
+
+
+def distances_target(observable: StaticObservable, frames: np.ndarray) -> Array:
+    """The mean h(r) of training frames [N, n, 3], in percent by interval: [D]."""
+    curves = jax.jit(observable.of_frames)(jnp.asarray(frames, jnp.float32))
+    return jnp.mean(curves, axis=0) * observable.spacing * PERCENT
+
+
+def distances_gradient(observable: StaticObservable, target: Array, estimator: Estimator) -> ObservableGradient:
+    """Learning h(r): one sample is one frame."""
+    unit = estimator.kT if estimator.residual != "released" else 1.0
+
+    def gradient(potential: Potential, params: Params, positions: Array, valid: Array, key: Array) -> Learned:
+        curves = observable.of_frames(positions) * observable.spacing * PERCENT
+        if estimator.residual != "full-sample":  # halves and minibatches of mixed replicas, as the released code has it
+            order = jax.random.permutation(key, len(valid))
+            positions, valid, curves = positions[order], valid[order], curves[order]
+        slope = boltzmann_gradient(
+            potential.energy,
+            params,
+            positions,
+            curves,
+            squared_error_cotangent(target),
+            kT=estimator.kT,
+            residual=estimator.residual,
+            minibatch=estimator.minibatch,
+            valid=valid,
+            chunk_size=estimator.chunk,
+        )
+        loss = observable_loss(mean_curve(curves, valid), target)
+        return Learned(loss, jax.tree.map(lambda x: unit * x, slope), jnp.sum(valid))
+
+    return gradient
+
+
+def distances_again(
+    observable: StaticObservable, target: Array, estimator: Estimator
+) -> Callable[[Potential, Params, Array, Array, Array], tuple[Learned, Array]]:
+    """Learning h(r) from frames of an earlier potential: (..., reference energies [N]) -> loss, gradient; weights."""
+
+    def gradient(
+        potential: Potential, params: Params, positions: Array, valid: Array, reference: Array
+    ) -> tuple[Learned, Array]:
+        curves = observable.of_frames(positions) * observable.spacing * PERCENT
+        # A frame that does not count gets an energy that gives it no weight.
+        reference = jnp.where(valid, reference, -jnp.inf)
+        energies = energies_of(potential.energy, params, positions, chunk_size=estimator.chunk)
+        weights = reweighting(energies, reference, kT=estimator.kT)
+        slope = reweighted_gradient(
+            potential.energy,
+            params,
+            positions,
+            curves,
+            squared_error_cotangent(target),
+            kT=estimator.kT,
+            reference_energies=reference,
+            chunk_size=estimator.chunk,
+        )
+        loss = observable_loss(weights @ curves, target)
+        return Learned(loss, jax.tree.map(lambda x: estimator.kT * x, slope), jnp.sum(valid)), weights
+
+    return gradient
+
+
+def distances_observable(system: System, reach: float = 10.0) -> StaticObservable:
+    """h(r) as it is learnt: smeared by 0.01 A, in intervals of 0.02 A."""
+    return smeared_distance_distribution(system.count, r_max=reach, dr=0.02, width=0.01, cell=system.cell)
+
+
+# --- bond lengths, molecule by molecule -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Molecules:
+    """The equal molecules of a system: their atoms [M, k] and their bonds [M, b] (numbers into the system's)."""
+
+    atoms: np.ndarray
+    bonds: np.ndarray
+
+
+def equal_molecules(system: System) -> Molecules:
+    """Raises: `ValueError` when the molecules are not all alike, atom by atom, or have no bonds."""
+    molecule = molecules(system)
+    groups = [np.flatnonzero(molecule == m) for m in range(int(molecule.max()) + 1)]
+    bond_molecule = molecule[system.bonds[:, 0]] if len(system.bonds) else np.zeros(0, int)
+    bonds = [np.flatnonzero(bond_molecule == m) for m in range(len(groups))]
+    shapes = {(len(a), tuple(system.species[a]), len(b)) for a, b in zip(groups, bonds, strict=True)}
+    if len(shapes) != 1 or not len(bonds[0]):
+        raise ValueError("bond lengths by molecule need molecules that are all alike, with bonds")
+    return Molecules(np.stack(groups), np.stack(bonds))
+
+
+def bonds_target(lengths: np.ndarray, which: Molecules) -> Array:
+    """Mean lengths of a molecule's bonds, over molecules: from the system's [bonds] -> [b] in A."""
+    return jnp.asarray(lengths[which.bonds].mean(axis=0), jnp.float32)
+
+
+def bonds_gradient(system: System, which: Molecules, target: Array, estimator: Estimator, replicas: int) -> Any:
+    """Learning the bond lengths of a molecule: one sample is one molecule of one frame, rare ones more often.
+
+    An `ObservableGradient`. Source: the released code for water.
+    """
+    unit = estimator.kT if estimator.residual != "released" else 1.0
+
+    def gradient(potential: Potential, params: Params, positions: Array, valid: Array, key: Array) -> Learned:
+        lengths = bond_lengths(system, positions)[:, jnp.asarray(which.bonds)]  # [N, M, b]
+        worst = jnp.max(jnp.abs(lengths - target), axis=-1)
+        known = jnp.broadcast_to(valid[:, None], worst.shape)
+        kept = flatten_histogram(
+            key, worst.reshape(-1), bins=LOCAL_BINS, per_bin=LOCAL_PER_REPLICA * replicas, valid=known.reshape(-1)
+        ).reshape(worst.shape)
+        slope = local_boltzmann_gradient(
+            potential.energy_per_atom,
+            params,
+            positions,
+            jnp.asarray(which.atoms),
+            lengths,
+            squared_error_cotangent(target),
+            kT=estimator.kT,
+            residual=estimator.residual,
+            minibatch=estimator.minibatch,
+            valid=kept,
+            chunk_size=estimator.chunk,
+        )
+        mean = mean_curve(lengths.reshape(-1, lengths.shape[-1]), kept.reshape(-1))
+        return Learned(observable_loss(mean, target), jax.tree.map(lambda x: unit * x, slope), jnp.sum(kept))
+
+    return gradient
+
+
+# --- energies and forces ----------------------------------------------------------------------------------------------
+
+StructureLoss = Callable[[Params, Any], Array]
+"""(params, one structure) -> its loss."""
+
+
+def energy_force_loss(
+    potential: Potential, *, energy_weight: float = 0.05, force_weight: float = 0.95
+) -> StructureLoss:
+    """energy_weight * (E error)^2 + force_weight * mean over components (F error)^2, in eV^2 and (eV / A)^2.
+
+    A structure is {"positions" [n, 3], "energy" [] without the elements' reference, "forces" [n, 3]}. The weights are
+    those that the released SchNet was trained with.
+    """
+
+    def loss(params: Params, structure: Any) -> Array:
+        energy, forces = potential.energy_and_forces(params, structure["positions"])
+        force_error = jnp.mean((forces - structure["forces"]) ** 2)
+        return energy_weight * (energy - structure["energy"]) ** 2 + force_weight * force_error
+
+    return loss
+
+
+def mean_loss_and_gradient(
+    loss: StructureLoss, params: Params, structures: Any, *, chunk: int = 32
+) -> tuple[Array, Params]:
+    """The mean loss over all structures (leaves [N, ...]) and its gradient, a chunk at a time."""
+    count = len(jax.tree.leaves(structures)[0])
+    chunk = min(chunk, count)
+    chunks = -(-count // chunk)
+    fill = chunks * chunk - count
+
+    def in_chunks(x: Array) -> Array:
+        x = jnp.concatenate([x, jnp.repeat(x[-1:], fill, axis=0)])
+        return x.reshape(chunks, chunk, *x.shape[1:])
+
+    weights = jnp.pad(jnp.full(count, 1 / count), (0, fill)).reshape(chunks, chunk)
+
+    def weighted(params: Params, part: Any, weights: Array) -> Array:
+        return jnp.sum(weights * jax.vmap(loss, (None, 0))(params, part))
+
+    def add(total: tuple[Array, Params], part: tuple[Any, Array]) -> tuple[tuple[Array, Params], None]:
+        value_and_slope = jax.value_and_grad(weighted)(params, *part)
+        return jax.tree.map(jnp.add, total, value_and_slope), None
+
+    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, start, (jax.tree.map(in_chunks, structures), weights))[0]
