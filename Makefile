@@ -64,8 +64,22 @@ tables: $(VENV)/.installed ## Run what is missing of every table and render all 
 table-%: $(VENV)/.installed ## One table, e.g. table-scalelong-feature-norm SCALE=small SEEDS=5
 	$(BIN)/stabletrain table $(call table_name,$*) --scale $(SCALE) --seeds $(SEED_RANGE) --run
 
+# One seed is one architecture: 40 of them, or the paper's 200, unless SEEDS says otherwise.
+ifeq ($(origin SEEDS),file)
+table-wgan_gp-random-architectures: SEEDS = $(if $(filter paper,$(SCALE)),200,40)
+endif
+table-wgan_gp-random-architectures: $(VENV)/.installed ## Random architectures, with tests of who trains more of them
+	-$(BIN)/stabletrain table wgan_gp/random-architectures --scale $(SCALE) --seeds $(SEED_RANGE) --run
+	$(BIN)/stabletrain gan random-architectures runs/wgan_gp-random-architectures-$(SCALE) \
+		--metric $(if $(filter paper,$(SCALE)),eval/is50k_10splits_inception2015_raw,eval/cs1k_1split_digits-classifier_raw) \
+		$(if $(filter paper,$(SCALE)),$(foreach score,1 2 3 4 5 6 7 8 9,--minimum $(score))) --out results/$(SCALE)/wgan_gp
+
 figure-%: table-% ## The figures of a table; the same runs
 	@true
+
+TOY_FIGURES = figure-wgan_gp-value-surfaces figure-wgan_gp-gradient-norms
+$(TOY_FIGURES): figure-wgan_gp-%: $(VENV)/.installed ## WGAN-GP's figures on toys (SCALE=small|paper)
+	$(BIN)/stabletrain gan $* --config experiments/wgan_gp/$*/figure.toml --scale $(SCALE) --out results/$(SCALE)/wgan_gp/$*
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches (never runs or results)
