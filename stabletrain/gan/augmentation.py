@@ -210,9 +210,10 @@ def _sampled(images: Array, maps: Array) -> Array:
     sources = jnp.einsum("bkl,hwl->bhwk", maps[:, :2], places, precision=exact) + middle  # (B, H, W, 2)
 
     def one(image: Array, source: Array) -> Array:
-        at = [source[..., 1], source[..., 0]]
-        channels = [map_coordinates(image[..., c], at, order=1, mode="mirror") for c in range(image.shape[-1])]
-        return jnp.stack(channels, -1)
+        def channel(plane: Array) -> Array:
+            return map_coordinates(plane, [source[..., 1], source[..., 0]], order=1, mode="mirror")
+
+        return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
 
     return jax.vmap(one)(images, sources)
 

@@ -197,17 +197,19 @@ def conditional_contrastive(embeddings: Array, proxies: Array, labels: Array, *,
     Shapes: embeddings [B, D], proxies [B, D] of each sample's class, labels [B]. Source: Kang and Park 2020, Eq. 8.
     """
     unit = normalize(embeddings)
-    to_proxy = jnp.sum(unit * normalize(proxies), axis=-1, keepdims=True) / temperature  # (B, 1)
+    to_proxy = jnp.sum(unit * normalize(proxies), axis=-1) / temperature  # (B,)
+    similarity = unit @ unit.T / temperature  # (B, B)
     others = ~jnp.eye(len(labels), dtype=bool)
     same = others & (labels[:, None] == labels[None, :])
-    similarity = unit @ unit.T / temperature
-    # Exponents are at most 1 / temperature; the largest is taken out so that small temperatures do not overflow.
-    top = jax.lax.stop_gradient(jnp.maximum(to_proxy, jnp.max(similarity, axis=1, keepdims=True)))
-    terms = jnp.exp(similarity - top)
-    proxy_term = jnp.exp(to_proxy - top)[:, 0]
-    near = proxy_term + jnp.sum(jnp.where(same, terms, 0.0), axis=1)
-    all_terms = proxy_term + jnp.sum(jnp.where(others, terms, 0.0), axis=1)
-    return -jnp.mean(jnp.log(near / all_terms))
+    return -jnp.mean(_log_sum(to_proxy, similarity, same) - _log_sum(to_proxy, similarity, others))
+
+
+def _log_sum(first: Array, others: Array, keep: Array) -> Array:
+    """log(e^first_i + sum over the kept j of e^others_ij): [B], without overflow or underflow."""
+    kept = jnp.where(keep, others, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.maximum(first, jnp.max(kept, axis=1)))
+    terms = jnp.exp(jnp.where(keep, others - top[:, None], 0.0))
+    return top + jnp.log(jnp.exp(first - top) + jnp.sum(jnp.where(keep, terms, 0.0), axis=1))
 
 
 def _data_to_data(output: ClassOutput, labels: Array, options: ClassOptions) -> Array:

@@ -301,7 +301,6 @@ def resolve(config: GanConfig) -> GanConfig:
     images = domain.kind == "images"
     whole = _with_parts(config)
     _refuse_unlabelled(whole, info.num_classes if info else (None if images else domain.num_classes))
-    labelled = whole.conditioning != "none"
     late = {
         "image_size": 0 if config.data else _image_size(config),
         "horizontal_flip": bool(images and info and info.channels == 3),
@@ -357,8 +356,9 @@ def resolve(config: GanConfig) -> GanConfig:
     }  # fmt: skip
     if images and not (info and info.num_classes):  # no classifier of these data can judge samples
         late["eval_samples"] = 1000 if config.inception or config.extractor == "inception" else 0
-    if not labelled:
-        late.pop("class_loss_on")
+    if not network_of(whole).convolutional:
+        # Two devices halve products of a few thousand numbers, and then wait for each other.
+        late["devices"] = 1
     filled = {name: value for name, value in late.items() if is_open(whole, name)}
     complete = _changed(whole, filled)
     unset = {
