@@ -18,6 +18,7 @@ from flax import struct
 
 from stabletrain.gan.adversarial import crammer_singer
 from stabletrain.methods.reacgan import cosines, d2d_ce, normalize
+from stabletrain.nn.spectral_norm import SpectralDense, SpectralEmbed
 
 Array = jax.Array
 ORTHOGONAL = nn.initializers.orthogonal()
@@ -109,8 +110,6 @@ class Head(nn.Module):
         if self.equalized:
             return EqualizedDense(size, use_bias=use_bias, name=name)(features)
         if self.spectral:
-            from stabletrain.nn.spectral_norm import SpectralDense
-
             return SpectralDense(size, use_bias=use_bias, name=name)(features, train=train)
         return nn.Dense(size, use_bias=use_bias, kernel_init=ORTHOGONAL, name=name)(features)
 
@@ -118,8 +117,6 @@ class Head(nn.Module):
         """[count, size]: a row for each class."""
         every = jnp.arange(count)
         if self.spectral:
-            from stabletrain.nn.spectral_norm import SpectralEmbed
-
             return SpectralEmbed(count, size, name=name)(every, train=train)
         return nn.Embed(count, size, embedding_init=ORTHOGONAL, name=name)(every)
 

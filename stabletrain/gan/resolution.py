@@ -251,6 +251,11 @@ def _parts(config: GanConfig) -> dict[str, Any]:
     )  # fmt: skip
     neutral = {"auxiliary": "none", "augmentation": "none", "optimizer": "adam", **dict.fromkeys(weights, 0.0)}
     network = config.network or _default_network(config)
+    if network not in NETWORKS:
+        raise ConfigError(
+            f"--method {config.method} is made for a network {network!r}, which this version does not have: name "
+            f"another with --network ({', '.join(NETWORKS)})"
+        )
     defaults = NETWORKS[network].defaults
     training = _training(config)
     parts = {**neutral, **defaults, **training, **PRESETS[config.method].parts}

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from stabletrain.gan.networks import NetworkOptions
+from stabletrain.nn.spectral_norm import SpectralDense
 
 Array = jax.Array
 HE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -84,7 +85,5 @@ class MLPDiscriminator(nn.Module):
 
 def _linear(inputs: Array, size: int, name: str, start: Any, spectral: bool, train: bool, dtype: Any) -> Array:
     if spectral:
-        from stabletrain.nn.spectral_norm import SpectralDense
-
         return SpectralDense(size, kernel_init=start, dtype=dtype, name=name)(inputs, train=train)
     return nn.Dense(size, kernel_init=start, dtype=dtype, name=name)(inputs)
