@@ -91,7 +91,7 @@ class Indicators:
                 loss = ADVERSARIAL[objectives.config.adversarial or ""].discriminator
                 return loss(judged(params, fixed["samples"], labels).score, judged(params, fakes, classes).score)
 
-        metrics["stability/adversarial_grad_norm"] = optax.global_norm(jax.grad(adversarial)(state.critic.params))
+        metrics["stability/adversarial_grad_norm"] = optax.tree.norm(jax.grad(adversarial)(state.critic.params))
         if objectives.has_class_loss or objectives.config.conditioning == "multi-hinge":
 
             def class_loss(params: Any) -> Array:
@@ -100,9 +100,9 @@ class Indicators:
                 )
 
             gradient = jax.grad(class_loss)(state.critic.params)
-            metrics["stability/class_grad_norm"] = optax.global_norm(gradient)
+            metrics["stability/class_grad_norm"] = optax.tree.norm(gradient)
             of_classifier = [gradient[HEAD + name] for name in CLASSIFIER_GROUPS if HEAD + name in gradient]
-            metrics["stability/classifier_grad_norm"] = optax.global_norm(of_classifier)
+            metrics["stability/classifier_grad_norm"] = optax.tree.norm(of_classifier)
         return metrics
 
     def _diversity(self, fakes: Array, fixed: Mapping[str, Array]) -> dict[str, Array]:
