@@ -307,14 +307,28 @@ def _filled_in(config: ContinualConfig, values: dict[str, Any]) -> dict[str, Any
 def _with_method(config: ContinualConfig) -> ContinualConfig:
     """With the values of the method and the memory's; not checked, because `check` asks for it."""
     values = _filled_in(config, dict(PRESETS[config.method].values))
+    # What belongs to a part of the method that an option has exchanged goes with it.
+    if config.orthogonality == "none":
+        values = {name: value for name, value in values.items() if name not in FORWARD_OPTIONS}
+    if config.aggregator not in (None, PRESETS[config.method].values["aggregator"]):
+        values.pop("decomposition_alpha", None)
+    if config.memory_per_class == 0:
+        values.pop("buffer", None)
+    if config.distill_weight == 0:
+        values.pop("replay_weight", None)
     config = dataclasses.replace(config, **values)
     general = {
-        "timeline": "random", "buffer": "released", "memory_per_class": _of_data(config)["memory_per_class"],
+        "timeline": "random",
+        "memory_per_class": _of_data(config)["memory_per_class"],
         "loss": "cross-entropy",
-        "head": "cosine" if config.loss == "margin" else "linear", "orthogonality": "none", "restart": False,
-        "distill_weight": 0.0, "edit_rate": 0.0,
-    }  # fmt: skip
-    return dataclasses.replace(config, **_filled_in(config, general))
+        "head": "cosine" if config.loss == "margin" else "linear",
+        "orthogonality": "none",
+        "restart": False,
+        "distill_weight": 0.0,
+        "edit_rate": 0.0,
+    }
+    config = dataclasses.replace(config, **_filled_in(config, general))
+    return dataclasses.replace(config, buffer=config.buffer or ("released" if config.memory_per_class else None))
 
 
 def resolve(config: ContinualConfig) -> ContinualConfig:

@@ -1,0 +1,198 @@
+"""The continual experiment: what a step sees, resuming amid overlapping tasks, devices, every method's steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stabletrain.continual.config import ContinualConfig, resolve
+from stabletrain.continual.experiment import MEMORY, TASK, ContinualExperiment
+from stabletrain.errors import ConfigError
+from stabletrain.training import loop
+from stabletrain.training.config import make_config
+from stabletrain.training.devices import compile_step, make_mesh
+from stabletrain.training.run_directory import RunDirectory
+from stabletrain.training.signals import StopRequest
+from stabletrain.training.state import fresh_state, state_hash
+from tests.training.toy import StopAfter, Told
+
+TINY: dict[str, Any] = {"hidden": (8,), "batch_size": 32, "devices": 1, "timeline": "staggered", "inner_steps": 1}
+
+
+def experiment(devices: int = 1, **values: Any) -> ContinualExperiment:
+    config = resolve(make_config(ContinualConfig, {"method": "er", **TINY, **values}))
+    return ContinualExperiment(config, mesh=make_mesh(devices, config.batch_size))
+
+
+def run(path: Path, stop: StopRequest | None = None, **values: Any) -> Any:
+    made = experiment(**values)
+    directory = RunDirectory.create(path, "continual", made.config)
+    return loop.train(made, run=directory, reporter=Told(), stop=stop or StopRequest())
+
+
+def comparable_rows(path: Path) -> list[dict[str, Any]]:
+    rows = RunDirectory.open(path).rows()
+    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")} for row in rows]
+
+
+# --- what a step sees -------------------------------------------------------------------------------------------------
+
+
+def test_slots_are_the_memory_and_the_active_tasks():
+    made = experiment()
+    timeline, labels = made.timeline, np.asarray(made.resident["labels"])
+    widths = set()
+    for step in range(timeline.steps):
+        batch = made.batch(step)
+        on = batch["kind"] > 0
+        tasks = [int(identity) - 1 for identity in batch["identity"][batch["kind"] == TASK]]
+        assert tasks == timeline.active(step)
+        assert (batch["kind"] == MEMORY).sum() == bool(timeline.finished(step))
+        assert not batch["weight"][~on].any()
+        for k in np.flatnonzero(batch["kind"] == TASK):
+            own = labels[batch["index"][k][batch["weight"][k] > 0]]
+            assert set(own) <= set(timeline.classes[batch["identity"][k] - 1])
+        widths.add(int(on.sum()))
+    assert made.schedule.width == max(widths)
+    assert {1, 2, 3} <= widths
+
+
+def test_measurements_lie_before_starts_and_after_ends():
+    made = experiment()
+    measured = set(made.schedule.measured)
+    assert {end + 1 for end in made.timeline.ends} <= measured
+    assert {start for start in made.timeline.starts if start} <= measured
+    assert {start + 1 for start in made.timeline.starts if start} <= measured
+    assert max(measured) == made.timeline.steps
+
+
+def test_class_and_task_incremental_losses_differ_by_their_masks():
+    """With logits all equal the loss is the log of the number of classes that compete."""
+    for scenario, classes in (("class", lambda begun: 2 * begun), ("task", lambda begun: 2)):
+        made = experiment(scenario=scenario)
+        state = fresh_state(made)
+        head = jax.tree.map(jnp.zeros_like, state.params["head"])
+        state.params["head"] = head
+        step = made.timeline.starts[2]
+        _, metrics = jax.jit(made.step)(state, {**made.batch(step), **made.resident})
+        np.testing.assert_allclose(metrics["train/loss"], np.log(classes(3)), rtol=1e-6)
+
+
+def test_steps_behind_the_timeline_s_end_change_nothing():
+    """After a rollback the loop asks for later batches: nothing comes there, and parameters must stand still."""
+    made = experiment()
+    state = fresh_state(made)
+    before = state_hash(state.params)
+    state, _ = jax.jit(made.step)(state, {**made.batch(made.timeline.steps + 3), **made.resident})
+    assert state_hash(state.params) == before
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [{}, {"method": "derpp"}], ids=["er", "derpp"])
+def test_stopped_amid_overlapping_tasks_ends_the_same_to_the_bit(tmp_path: Path, values: dict[str, Any]):
+    options = {"checkpoint_every": 9, "log_every": 4, **values}
+    reference = run(tmp_path / "whole", **options)
+    assert reference.status == "done"
+    made = experiment(**options)
+    assert len(made.timeline.active(9)) == 2, "the first checkpoint lies where tasks overlap"
+    sessions = 0
+    while run(tmp_path / "cut", stop=StopAfter(4), **options).status == "preempted":
+        sessions += 1
+        assert sessions < 40
+    assert sessions > 2
+    whole, cut = RunDirectory.open(tmp_path / "whole"), RunDirectory.open(tmp_path / "cut")
+    assert cut.status["params_sha256"] == whole.status["params_sha256"]
+    assert comparable_rows(tmp_path / "cut") == comparable_rows(tmp_path / "whole")
+    for name in ("accuracy.json", "timeline.toml", "timeline.png"):
+        assert (tmp_path / "cut/eval" / name).read_bytes() == (tmp_path / "whole/eval" / name).read_bytes()
+
+
+def test_the_number_of_devices_does_not_change_the_course():
+    """Sums over a batch are added in another order: float32 rounding, grown over four steps of Adam."""
+    params = []
+    for devices in (1, 2, 4):
+        made = experiment(devices=devices, inner_steps=1)
+        steps, state = compile_step(made, made.mesh), fresh_state(made)
+        for step in range(6, 10):
+            state, _ = steps(state, [made.batch(step)])
+        params.append(jax.device_get(state.params))
+    for other in params[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params[0], other)
+
+
+def test_a_run_tells_its_metrics_and_pictures(tmp_path: Path):
+    outcome = run(tmp_path / "run", measure_every=7)
+    metrics = outcome.metrics
+    own, final = metrics["eval/accuracy_own_end_class"], metrics["eval/accuracy_final_class"]
+    assert metrics["eval/accuracy_change_class"] == pytest.approx(final - own)
+    assert metrics["eval/accuracy_now_class"] == pytest.approx(final)
+    assert own > 0.3, "five tasks of two classes by chance: 0.2 or less"
+    for name in ("condition", "effective_rank", "mean_cosine", "conflict_rate", "least_progress"):
+        assert f"stability/{name}" in metrics
+    document = json.loads((tmp_path / "run/eval/accuracy.json").read_text())
+    assert set(range(7, max(document["steps"]), 7)) <= set(document["steps"])
+    for picture in ("timeline.png", f"accuracy_{outcome.step:08d}.png"):
+        assert (tmp_path / "run/eval" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_single_tasks_alone_are_learned_better_than_together(tmp_path: Path):
+    alone = run(tmp_path / "alone", method="single", timeline="serial", scenario="task").metrics
+    assert alone["eval/accuracy_own_end_task"] > 0.8
+    assert "eval/accuracy_final_task" not in alone
+
+
+@pytest.mark.parametrize(
+    "method", ["agem", "gem", "mega", "mega-released", "der", "icarl", "gmed", "mdmt-r", "finetune"]
+)
+def test_every_baseline_takes_steps_with_a_memory(method: str):
+    made = experiment(method=method)
+    step, state = jax.jit(made.step), fresh_state(made)
+    before = state_hash(state.params)
+    with_memory = made.timeline.ends[0] + 1
+    for position in (0, with_memory, with_memory + 1):
+        state, metrics = step(state, {**made.batch(position), **made.resident})
+        assert np.isfinite(metrics["train/loss"])
+    assert state_hash(state.params) != before
+    if method == "gem":
+        assert made.batch(made.timeline.steps - 1)["kind"].tolist().count(MEMORY) == 4
+    if method == "icarl":
+        assert state_hash(state.old["params"]) != before
+    if method == "gmed":
+        assert float(jnp.abs(state.stored["images"]).max()) > 0
+
+
+def test_stored_logits_are_those_of_the_step_at_which_an_example_came():
+    made = experiment(method="der")
+    state = fresh_state(made)
+    batch = made.batch(0)
+    params = jax.tree.map(jnp.copy, state.params)
+    after, _ = jax.jit(made.step)(state, {**batch, **made.resident})
+    slots = batch["arrive"][0]
+    where = np.flatnonzero(slots >= 0)
+    images = made.to_input(made.resident["images"][batch["index"][0][where]])
+    _, logits = made.apply(params, {}, images)
+    np.testing.assert_allclose(after.stored["logits"][slots[where]], logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["conv", "resnet18"])
+def test_convolutional_networks_learn_and_keep_statistics(network: str):
+    values = {"width": 4, "hidden": (), "network": network, "norm": "batch", "max_pool": None}
+    made = experiment(**{k: v for k, v in values.items() if v is not None})
+    state = fresh_state(made)
+    before = state_hash(state.statistics)
+    state, metrics = jax.jit(made.step)(state, {**made.batch(0), **made.resident})
+    assert np.isfinite(metrics["train/loss"])
+    assert state_hash(state.statistics) != before
+
+
+def test_more_steps_than_the_timeline_has_are_refused():
+    with pytest.raises(ConfigError, match=r"more than the \d+ steps of the timeline"):
+        experiment(steps=10_000)
