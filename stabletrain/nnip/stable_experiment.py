@@ -178,6 +178,12 @@ class StableExperiment:
         self._programs: dict[tuple[str, int], Any] = {}
         self._prepare_observable()
 
+    @property
+    def potential(self) -> Potential:
+        """The potential that is simulated, with room for the neighbours seen so far."""
+        assert self._simulator.potential is not None
+        return self._simulator.potential
+
     # --- what is measured ---------------------------------------------------------------------------------------------
 
     def _training_criteria(self) -> Criteria:
@@ -275,8 +281,7 @@ class StableExperiment:
 
     @property
     def _capacity(self) -> int:
-        assert self._simulator.potential is not None
-        return self._simulator.potential.capacity or 0
+        return self.potential.capacity or 0
 
     def _optimizer(self, rate: Any) -> optax.GradientTransformation:
         """Plain gradient descent after clipping: stateless, so each cycle's optimiser is a fresh one."""
@@ -324,9 +329,8 @@ class StableExperiment:
 
     def _make_room(self, capacity: int) -> None:
         """The neighbour list as long as it was when the state was saved: another length is another program."""
-        assert self._simulator.potential is not None
         if capacity and self._capacity != capacity:
-            larger = dataclasses.replace(self._simulator.potential, capacity=capacity)
+            larger = dataclasses.replace(self.potential, capacity=capacity)
             self._simulator = Simulator(self.system, self.conditions, potential=larger)
 
     def _placed(self, state: StableState, plan: Plan, key: Array) -> tuple[Swarm, int]:
@@ -343,8 +347,7 @@ class StableExperiment:
         return self._with_forces(state.params, swarm), restarts
 
     def _with_forces(self, params: Params, swarm: Swarm) -> Swarm:
-        potential = self._simulator.potential
-        assert potential is not None
+        potential = self.potential
         cleared = dataclasses.replace(swarm, overflow=jnp.zeros_like(swarm.overflow))
         found: Swarm = self._compiled("forces", lambda p, s: with_forces(potential.energy_and_forces, p, s))(
             params, cleared
@@ -380,7 +383,7 @@ class StableExperiment:
     def _learn_fresh(
         self, state: StableState, positions: Array, valid: Array, reference: Array, key: Array, rate: Array
     ) -> tuple[StableState, dict[str, Array]]:
-        potential = self._simulator.potential
+        potential = self.potential
         learned = None
         if self._gradient is not None:
             learned = self._gradient(potential, state.params, positions, valid, key)
@@ -389,7 +392,7 @@ class StableExperiment:
     def _learn_again(
         self, state: StableState, positions: Array, valid: Array, reference: Array, rate: Array
     ) -> tuple[StableState, Array, dict[str, Array]]:
-        learned, weights = self._again(self._simulator.potential, state.params, positions, valid, reference)
+        learned, weights = self._again(self.potential, state.params, positions, valid, reference)
         share = effective_sample_size(weights) / jnp.maximum(jnp.sum(valid), 1)
         state, metrics = self._updated(state, learned, rate)
         return state, share, metrics
@@ -529,8 +532,7 @@ class StableExperiment:
 
     def _errors(self, params: Params, context: EvaluationContext) -> tuple[float, float]:
         """Mean absolute errors of energies (meV) and force components (meV / A) on the test set."""
-        potential = self._simulator.potential
-        assert potential is not None
+        potential = self.potential
         compiled = self._compiled("errors", jax.vmap(potential.energy_and_forces, (None, 0)))
         energy_error, force_error, size = 0.0, 0.0, 50
         for first in range(0, len(self.test.energies), size):

@@ -1,0 +1,122 @@
+"""Configuration of the nnip family. Imports no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stabletrain.errors import ConfigError
+from stabletrain.nnip.stable_options import StableOptions, stable_problems
+from stabletrain.training.config import TrainConfig, option, read_toml, replace
+
+NETWORK, OPTIMISER, DATA = "Potential", "Optimiser", "Data"
+MODELS = ("schnet",)
+
+FROM_BASE = ("dataset", "data", "energy_unit", "train_frames", "test_frames", "model", "features", "interactions",
+             "cutoff", "energy_weight", "force_weight")  # fmt: skip
+"""What a run that starts from another takes from it where nothing else is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NnipConfig(StableOptions, TrainConfig):
+    """Training an interatomic potential on energies and forces, and StABlE Training of one."""
+
+    dataset: str = option("ethanol-xtb", "Bundled data set: ethanol-xtb.", panel=DATA)
+    data: str | None = option(None, "Your own frames: .npz (R, E, F, z) or a file that ASE reads.", panel=DATA)
+    energy_unit: str | None = option(
+        None, "Unit of an .npz file's energies. [default: kcal/mol, as MD17]", panel=DATA, choices=("eV", "kcal/mol")
+    )
+    train_frames: int = option(0, "Frames to train on; 0 chooses.", panel=DATA, minimum=0)
+    test_frames: int = option(0, "Held-out frames; 0 chooses.", panel=DATA, minimum=0)
+    split_seed: int | None = option(None, "Seed of the split. [default: that of the base, else --seed]", panel=DATA)
+
+    model: str = option("schnet", "Network.", panel=NETWORK, choices=MODELS)
+    features: int = option(0, "Features of an atom; 0 chooses.", panel=NETWORK, minimum=0)
+    interactions: int = option(0, "Interaction blocks; 0 chooses.", panel=NETWORK, minimum=0)
+    cutoff: float = option(5.0, "Cutoff in A.", panel=NETWORK, minimum=1.0)
+
+    steps: int = option(0, "Updates; with --stable windows of dynamics; 0 chooses.", minimum=0)
+    batch_size: int = option(0, "Frames in a step; 0 chooses.", minimum=0)
+    on_spike: str = option(
+        "log", "What to do with a loss spike.", panel="Stability", choices=("log", "skip", "clip", "rollback", "stop")
+    )
+    learning_rate: float = option(2e-3, "Peak learning rate (Adam, half a cosine).", panel=OPTIMISER, minimum=0.0)
+    energy_weight: float = option(0.05, "Weight of the squared energy error.", panel=OPTIMISER, minimum=0.0)
+    force_weight: float = option(0.95, "Weight of the squared force error.", panel=OPTIMISER, minimum=0.0)
+    ema_decay: float = option(
+        0.99, "Decay of the parameters' average; 0: none.", panel=OPTIMISER, minimum=0.0, maximum=0.99999
+    )
+
+    @property
+    def method(self) -> str:
+        """`stable`, its control, or the network's name."""
+        if self.stable:
+            return "stable" if self.observable != "none" else "stable-control"
+        return f"{self.model}-continued" if self.base else self.model
+
+    def check(self) -> None:
+        """Raises: `ConfigError` for options that contradict each other or would do nothing."""
+        for problem in _problems(self):
+            raise ConfigError(problem)
+
+
+def _problems(config: NnipConfig) -> Iterator[str]:
+    yield from stable_problems(config)
+    if config.energy_unit and config.data is None:
+        yield "--energy-unit does nothing without --data"
+    if config.energy_weight == 0 and config.force_weight == 0:
+        yield "--energy-weight and --force-weight are both 0: there is nothing to learn"
+
+
+SMALL: dict[str, Any] = {"features": 32, "interactions": 3, "train_frames": 25, "test_frames": 200}
+
+
+def resolve(config: NnipConfig) -> NnipConfig:
+    """The same configuration with every open value filled in; what a base run fixes is taken from its config.toml.
+
+    Raises: `ConfigError` for a base that is no run of this family, or that other options contradict.
+    """
+    chosen: dict[str, Any] = dict(SMALL)
+    if config.base is not None:
+        base = _base_values(config.base)
+        if not config.data:
+            chosen |= {"data": base.get("data")}
+        defaults = {f.name: f.default for f in dataclasses.fields(config)}
+        for name in FROM_BASE:
+            given = getattr(config, name)
+            if given == defaults[name]:
+                chosen[name] = base.get(name, defaults[name])
+            elif name in base and given != base[name] and name not in ("data", "energy_unit"):
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} {given} contradicts the base run, which has {base[name]}")
+        chosen["split_seed"] = base["split_seed"]
+    chosen.setdefault("split_seed", config.seed)
+    open_values = {
+        "steps": (200 if config.stable else 3000),
+        "batch_size": 1 if config.stable else min(25, config.train_frames or chosen["train_frames"]),
+    }
+    values = {**open_values, **chosen}
+    fill = {
+        name: value
+        for name, value in values.items()
+        if getattr(config, name) in (None, 0) or (config.base is not None and name in FROM_BASE)
+    }
+    return replace(config, **fill)
+
+
+def _base_values(named: str) -> dict[str, Any]:
+    for path in (Path(named), Path("runs") / named):
+        if (path / "config.toml").is_file():
+            values = read_toml(path / "config.toml")
+            if values.get("family") != "nnip":
+                raise ConfigError(f"--base {named} is a run of {values.get('family')}, not of nnip")
+            return values
+    raise ConfigError(f"--base {named}: there is no run directory of that name")
+
+
+def base_path(named: str) -> Path:
+    """The run directory that `--base` names."""
+    return next(path for path in (Path(named), Path("runs") / named) if (path / "config.toml").is_file())

@@ -1,0 +1,137 @@
+"""Labelled structures: read, converted to eV and A, and split.
+
+Formats of `--data`: `.npz` with R, E, F and z (or nuclear_charges), as MD17, rMD17 and MD22 have them, and `cell` for a
+periodic system; and whatever ASE reads with energies and forces (extended XYZ, ...). Units of npz files are kcal/mol
+and A, as in MD17, unless `energy_unit` says eV; those of ASE are eV and A.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stabletrain.errors import ConfigError, DataError, nearest
+from stabletrain.nnip.systems import System, checked_cell, make_system
+
+KCAL_PER_MOL = 0.0433641043
+"""In eV (CODATA 2018, thermochemical calorie)."""
+UNITS = {"eV": 1.0, "kcal/mol": KCAL_PER_MOL}
+BUNDLED = {"ethanol-xtb": "ethanol_xtb.npz"}
+"""Data sets that come with the program."""
+
+
+@dataclass(frozen=True)
+class FramesSpec:
+    """What record.json keeps of the data."""
+
+    name: str
+    fingerprint: str
+    frames: int
+    formula: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "frames": self.frames, "formula": self.formula}
+
+
+@dataclass(frozen=True)
+class LabelledFrames:
+    """N structures of one system: positions [N, n, 3] A, energies [N] eV, forces [N, n, 3] eV / A; all float64."""
+
+    system: System
+    positions: np.ndarray
+    energies: np.ndarray
+    forces: np.ndarray
+    spec: FramesSpec
+
+    def __len__(self) -> int:
+        return len(self.energies)
+
+
+def read_frames(dataset: str, data: str | None, energy_unit: str | None = None) -> LabelledFrames:
+    """The frames of a bundled data set, or of the user's file.
+
+    Raises: `DataError` for a file that is missing, of another form, or has numbers that are not finite; `ConfigError`
+    for an unknown data set.
+    """
+    if data is None:
+        if dataset not in BUNDLED:
+            raise ConfigError(f"unknown data set {dataset!r}: {nearest(dataset, BUNDLED)} (your own go by --data)")
+        with resources.as_file(resources.files("stabletrain.nnip") / "bundled" / BUNDLED[dataset]) as path:
+            return _from_npz(path, dataset, "eV")
+    path = Path(data)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    if path.suffix == ".npz":
+        return _from_npz(path, path.stem, energy_unit or "kcal/mol")
+    if energy_unit not in (None, "eV"):
+        raise ConfigError(f"--energy-unit {energy_unit} is for .npz files: ASE converts {path.name} to eV itself")
+    return _from_ase(path)
+
+
+def _from_npz(path: Path, name: str, unit: str) -> LabelledFrames:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = {key: file[key] for key in file.files}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a readable .npz: {error}") from error
+    species = content.get("z", content.get("nuclear_charges"))
+    missing = [key for key in "REF" if key not in content] + ([] if species is not None else ["z"])
+    if missing:
+        raise DataError(f"{path} has no {', '.join(missing)}: it needs R [N, n, 3], E [N], F [N, n, 3] and z [n]")
+    factor = UNITS[unit]
+    energies = np.asarray(content["E"], np.float64).reshape(-1) * factor
+    forces = np.asarray(content["F"], np.float64) * factor
+    return _checked(path, name, species, np.asarray(content["R"], np.float64), energies, forces, content.get("cell"))
+
+
+def _from_ase(path: Path) -> LabelledFrames:
+    import ase.io
+
+    try:
+        atoms: Any = ase.io.read(path, index=":")
+        energies = np.asarray([frame.get_potential_energy() for frame in atoms], np.float64)
+        forces = np.asarray([frame.get_forces() for frame in atoms], np.float64)
+        positions = np.asarray([frame.get_positions() for frame in atoms], np.float64)
+        species = atoms[0].get_atomic_numbers()
+        if any(not np.array_equal(frame.get_atomic_numbers(), species) for frame in atoms):
+            raise DataError(f"{path} holds different systems; all frames must have the same atoms in the same order")
+    except DataError:
+        raise
+    except Exception as error:  # whatever ASE's many readers raise
+        raise DataError(f"{path} cannot be read with energies and forces: {error}") from error
+    cell = np.asarray(atoms[0].cell.array) if atoms[0].pbc.all() else None
+    return _checked(path, path.stem, species, positions, energies, forces, cell)
+
+
+def _checked(
+    path: Path, name: str, species: Any, positions: np.ndarray, energies: np.ndarray, forces: np.ndarray, cell: Any
+) -> LabelledFrames:
+    shape = (len(energies), len(species), 3)
+    if positions.shape != shape or forces.shape != shape:
+        raise DataError(f"{path}: R {positions.shape} and F {forces.shape} do not fit {len(energies)} energies")
+    if not all(np.isfinite(array).all() for array in (positions, energies, forces)):
+        raise DataError(f"{path} has numbers that are not finite")
+    lattice = None if cell is None else checked_cell(cell)
+    system = make_system(species, positions[0], lattice)
+    digest = hashlib.sha256()
+    for array in (system.species, positions, energies, forces, np.zeros(0) if lattice is None else lattice):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    spec = FramesSpec(name, digest.hexdigest(), len(energies), "".join(system.symbols))
+    return LabelledFrames(system, positions, energies, forces, spec)
+
+
+def split(frames: LabelledFrames, train: int, test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the training and of the test frames: disjoint, at random by the seed; the test frames of one seed do
+    not depend on the number of training frames. Raises: `DataError` when there are not enough."""
+    if train + test > len(frames):
+        raise DataError(
+            f"{frames.spec.name} has {len(frames)} frames, fewer than {train} for training and {test} held out"
+        )
+    order = np.random.default_rng(seed).permutation(len(frames))
+    return np.sort(order[:train]), np.sort(order[len(frames) - test :])

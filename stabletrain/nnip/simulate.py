@@ -1,0 +1,402 @@
+"""`stabletrain nnip benchmark RUN` and `stabletrain nnip simulate RUN`: what a trained potential does in dynamics.
+
+Imports no JAX until a command runs. **Units** of options: K, fs, ps, A.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stabletrain.errors import EXIT_OK, ConfigError, DataError, RunDirectoryError, nearest
+from stabletrain.nnip.stable_options import THERMOSTATS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stabletrain.nnip.potential import Potential
+
+PANEL = "Dynamics"
+ENSEMBLES = (*THERMOSTATS, "nve")
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or its name below ./runs.")]
+Checkpoint = Annotated[str, typer.Option("--checkpoint", metavar="STEP|newest|best", help="Which checkpoint.")]
+Thermostat = Annotated[str, typer.Option("--thermostat", help=f"One of {', '.join(ENSEMBLES)}.", rich_help_panel=PANEL)]
+Relaxation = Annotated[
+    float, typer.Option("--relaxation-time", help="nose-hoover: in fs.", min=0.1, rich_help_panel=PANEL)
+]
+Damping = Annotated[
+    float, typer.Option("--damping", help="langevin and baoab: friction in 1 / ps.", min=0.0, rich_help_panel=PANEL)
+]
+FrameEvery = Annotated[int, typer.Option("--frame-every", help="Steps between frames.", min=1, rich_help_panel=PANEL)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of velocities and noise.", min=0)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A potential read from a run, with the structures that it was trained and tested on."""
+
+    path: Path
+    step: int
+    potential: Potential
+    params: Any
+    train_positions: np.ndarray  # [N, n, 3] A
+    test_positions: np.ndarray
+
+
+def find_run(named: str) -> Path:
+    """A run directory by path, or by name below ./runs. Raises: `RunDirectoryError` naming the nearest."""
+    for path in (Path(named), Path("runs") / named):
+        if (path / "config.toml").is_file():
+            return path
+    known = [path.parent.name for path in sorted(Path("runs").glob("*/config.toml"))]
+    hint = f": {nearest(named, known)}" if known else ""
+    raise RunDirectoryError(f"there is no run {named!r}{hint}")
+
+
+def read_potential(path: Path, checkpoint: str = "newest") -> Stored:
+    """The potential of a run of this family, with its preferred weights.
+
+    Raises: `RunDirectoryError` for a run of another family; `CheckpointError` where there is no such checkpoint.
+    """
+    from stabletrain.nnip.family import FAMILY
+    from stabletrain.training.checkpoints import load_state
+    from stabletrain.training.config import make_config
+    from stabletrain.training.devices import configure_backend, make_mesh
+    from stabletrain.training.run_directory import RunDirectory
+
+    run = RunDirectory.open(path)
+    if run.family != FAMILY.name:
+        raise RunDirectoryError(f"{path} is a run of {run.family}, not of {FAMILY.name}")
+    config = make_config(FAMILY.config, run.config_values, source=str(path / "config.toml"))
+    configure_backend(config.devices, config.batch_size)
+    experiment: Any = FAMILY.build(config, mesh=make_mesh(config.devices, config.batch_size))
+    state, step = load_state(experiment, path, checkpoint)
+    params = next(iter(experiment.weights(state).values()))
+    return Stored(path, step, experiment.potential, params, experiment.train.positions, experiment.test.positions)
+
+
+# --- benchmark --------------------------------------------------------------------------------------------------------
+
+
+def benchmark_command(
+    run: RunArgument,
+    time: Annotated[float, typer.Option("--time", help="Length of each simulation in ps.", min=0.001)] = 1.0,
+    replicas: Annotated[int, typer.Option("--replicas", help="Simulations at once.", min=1)] = 32,
+    temperature: Annotated[
+        list[float] | None, typer.Option("--temperature", help="K; several times for several.", rich_help_panel=PANEL)
+    ] = None,
+    timestep: Annotated[
+        list[float] | None, typer.Option("--timestep", help="fs; several times for several.", rich_help_panel=PANEL)
+    ] = None,
+    thermostat: Thermostat = "nose-hoover",
+    relaxation_time: Relaxation = 10.0,
+    damping: Damping = 0.1,
+    window: Annotated[
+        int, typer.Option("--window", help="Steps between two looks at the criteria.", min=1, rich_help_panel=PANEL)
+    ] = 500,
+    frame_every: FrameEvery = 20,
+    bond_deviation: Annotated[
+        float, typer.Option("--bond-deviation", help="Molecules: unstable beyond this, in A.", min=0.0)
+    ] = 0.5,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", metavar="RUN", help="Also this run, in the same figure.")
+    ] = None,
+    calculator: Annotated[
+        str | None,
+        typer.Option("--calculator", metavar="MODULE:NAME", help="Also this ASE calculator, on the run's system."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder. [default: RUN/eval/benchmark]", show_default=False)
+    ] = None,
+    checkpoint: Checkpoint = "newest",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:
+    """How long simulations stay stable: survival curves, median stable times, errors of observables.
+
+    Writes benchmark.json, a survival curve for each temperature and time step, and the curves of the observables.
+    """
+    from stabletrain.nnip.benchmark import Conditions
+
+    path = find_run(run)
+    _known(thermostat)
+    chosen = [
+        Conditions(
+            temperature=t, timestep=dt, thermostat=thermostat, relaxation_time=relaxation_time, damping=damping,
+            window=window, frame_every=frame_every,
+        )
+        for t in temperature or [500.0]
+        for dt in timestep or [0.5]
+    ]  # fmt: skip
+    if window % frame_every:
+        raise ConfigError(f"--frame-every {frame_every} does not divide --window {window}")
+    folder = out or path / "eval" / "benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    subjects = [read_potential(path, checkpoint), *(read_potential(find_run(name)) for name in against or [])]
+    rows = []
+    for conditions in chosen:
+        rows += _benchmark_at(
+            conditions, subjects, folder, time=time, replicas=replicas, bond_deviation=bond_deviation,
+            calculator=calculator, seed=seed, quiet=quiet,
+        )  # fmt: skip
+    (folder / "benchmark.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        done = {"run_dir": str(path), "status": "benchmarked", "step": subjects[0].step, "metrics": {}}
+        print(json.dumps({**done, "out": str(folder), "benchmark": rows}))
+    else:
+        _print_table(rows)
+        print(f"written to {folder}")
+    return EXIT_OK
+
+
+def _benchmark_at(
+    conditions: Any,
+    subjects: list[Stored],
+    folder: Path,
+    *,
+    time: float,
+    replicas: int,
+    bond_deviation: float,
+    calculator: str | None,
+    seed: int,
+    quiet: bool,
+) -> list[dict[str, Any]]:
+    """All subjects under one set of conditions: rows of the table, and figures."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from stabletrain.nnip.benchmark import Simulator, benchmark, observable_figure, survival_figure
+    from stabletrain.nnip.calculator import calculator_called, forces_of
+    from stabletrain.nnip.criteria import Criteria, Reference, default_thresholds, mean_bond_lengths
+    from stabletrain.nnip.observables import static_observables
+
+    first = subjects[0]
+    system = first.potential.system
+    for other in subjects[1:]:
+        if not np.array_equal(other.potential.system.species, system.species):
+            raise ConfigError(f"{other.path} is of other atoms than {first.path}")
+    observables = static_observables(system)
+    reference = first.train_positions[:2000].astype(np.float32)
+    thresholds = default_thresholds(system, evaluation=True)
+    rdfs: tuple[Any, ...] = ()
+    curves = {}
+    if thresholds.rdf_error is not None:
+        rdfs = tuple(observables)
+        curves = {o.name: np.asarray(o.of_frames(jax.numpy.asarray(reference))).mean(axis=0) for o in rdfs}
+    else:
+        thresholds = dataclasses.replace(thresholds, bond_deviation=bond_deviation)
+    criteria = Criteria(
+        system, thresholds, Reference(mean_bond_lengths(system, reference), curves), conditions.temperature,
+        conditions.freedom(system), rdfs,
+    )  # fmt: skip
+    chosen = np.linspace(0, len(first.test_positions) - 1, replicas).round().astype(int)
+    starts = first.test_positions[chosen]
+    simulators: dict[str, tuple[Any, Any]] = {
+        stored.path.name: (Simulator(system, conditions, potential=stored.potential), stored.params)
+        for stored in subjects
+    }
+    if calculator is not None:
+        forces = forces_of(calculator_called(calculator), system, starts[0])
+        simulators[calculator] = Simulator(system, conditions, forces=forces), None
+    results = {}
+    for label, (simulator, params) in simulators.items():
+        with _progress(f"{label} {conditions.temperature:g} K {conditions.timestep:g} fs", quiet) as tick:
+            results[label] = benchmark(
+                simulator, params, starts, criteria, observables, reference, length=time, key=jax.random.key(seed),
+                tick=tick,
+            )  # fmt: skip
+    name = f"{conditions.temperature:g}K-{conditions.timestep:g}fs"
+    title = f"{conditions.temperature:g} K, {conditions.timestep:g} fs, {conditions.thermostat}"
+    survivals = {label: result.survival for label, result in results.items()}
+    (folder / f"survival-{name}.png").write_bytes(survival_figure(survivals, title=title))
+    for o in observables:
+        shown = {"reference": next(iter(results.values())).observables[o.name].reference}
+        shown |= {label: result.observables[o.name].curve for label, result in results.items()}
+        slug = o.name.lower().replace("(", "").replace(")", "").replace(" ", "-")
+        (folder / f"{slug}-{name}.png").write_bytes(observable_figure(o, shown))
+    return [
+        {
+            "potential": label,
+            "temperature": conditions.temperature,
+            "timestep": conditions.timestep,
+            "thermostat": conditions.thermostat,
+            "replicas": replicas,
+            "length_ps": result.survival.length,
+            "stable_times_ps": result.survival.stable_time.round(6).tolist(),
+            "median_is_lower_bound": bool(result.survival.survived.mean() > 0.5),
+            **{k: v if v == v else None for k, v in result.scalars().items()},
+        }
+        for label, result in results.items()
+    ]
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    header = ("potential", "T (K)", "dt (fs)", "stable", "median (ps)", "interval (ps)", "observables: error (noise)")
+    lines = [header]
+    for row in rows:
+        bound = "> " if row["median_is_lower_bound"] else ""
+        errors = [
+            f"{name[: -len('_error')]} {_shown(value)} ({_shown(row[name.replace('_error', '_noise_floor')])})"
+            for name, value in row.items()
+            if name.endswith("_error")
+        ]
+        lines.append((
+            str(row["potential"]), f"{row['temperature']:g}", f"{row['timestep']:g}", f"{row['stable_share']:.2f}",
+            f"{bound}{row['median_stable_ps']:.3g}",
+            f"{row['median_stable_ps_low']:.3g} to {row['median_stable_ps_high']:.3g}", ", ".join(errors),
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+# --- simulate ---------------------------------------------------------------------------------------------------------
+
+
+def simulate_command(
+    run: RunArgument,
+    time: Annotated[float, typer.Option("--time", help="Length in ps.", min=0.001)] = 1.0,
+    structure: Annotated[
+        Path | None,
+        typer.Option("--structure", help="Start here: any file that ASE reads. [default: a test structure]"),
+    ] = None,
+    replicas: Annotated[int, typer.Option("--replicas", help="Simulations at once, a file each.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", help="K.", min=1.0, rich_help_panel=PANEL)] = 300.0,
+    timestep: Annotated[float, typer.Option("--timestep", help="fs.", min=0.001, rich_help_panel=PANEL)] = 0.5,
+    thermostat: Thermostat = "baoab",
+    relaxation_time: Relaxation = 10.0,
+    damping: Damping = 1.0,
+    frame_every: FrameEvery = 20,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder. [default: RUN/simulations/<T>K]", show_default=False)
+    ] = None,
+    checkpoint: Checkpoint = "newest",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:
+    """Molecular dynamics with a trained potential, written as extended XYZ frame by frame.
+
+    A replica that blows up is frozen: its file ends there, and the summary says when.
+    """
+    import jax
+    import numpy as np
+
+    from stabletrain.nnip.benchmark import Conditions, Simulator
+    from stabletrain.nnip.integrators import temperature_of
+    from stabletrain.nnip.trajectory import ExtxyzWriter
+
+    path = find_run(run)
+    _known(thermostat)
+    stored = read_potential(path, checkpoint)
+    system, potential = stored.potential.system, stored.potential
+    start = stored.test_positions[seed % len(stored.test_positions)]
+    if structure is not None:
+        start = _structure(structure, system)
+    steps = max(1, round(time * 1000 / timestep))
+    frames_wanted = -(-steps // frame_every)
+    per_window = min(frames_wanted, max(1, 500 // frame_every))
+    conditions = Conditions(
+        temperature=temperature, timestep=timestep, thermostat=thermostat, relaxation_time=relaxation_time,
+        damping=damping, window=per_window * frame_every, frame_every=frame_every,
+    )  # fmt: skip
+    simulator = Simulator(system, conditions, potential=potential)
+    folder = out or path / "simulations" / f"{temperature:g}K"
+    key = jax.random.key(seed)
+    swarm = simulator.start(stored.params, np.repeat(start[None], replicas, axis=0), jax.random.fold_in(key, 0))
+    windows = -(-frames_wanted // per_window)
+    masses, freedom = jax.numpy.asarray(system.masses, np.float32), conditions.freedom(system)
+    written = np.zeros(replicas, int)
+    heat, energies = [], []
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(ExtxyzWriter(folder / f"replica-{r:03d}.extxyz", system)) for r in range(replicas)
+        ]
+        tick = stack.enter_context(_progress(f"{temperature:g} K", quiet))
+        for number in range(windows):
+            tick(number, windows)
+            swarm, frames = simulator.window(stored.params, swarm, jax.random.fold_in(key, number + 1))
+            host = jax.device_get(frames)
+            for r, writer in enumerate(writers):
+                for f in range(min(per_window, frames_wanted - number * per_window)):
+                    if not host.alive[r, f]:
+                        break
+                    written[r] += 1
+                    at = float(written[r] * frame_every * timestep)
+                    energy = float(host.energy[r, f]) + potential.reference
+                    writer.write(host.position[r, f], time=at, energy=energy, velocities=host.velocity[r, f])
+                    heat.append(float(temperature_of(host.velocity[r, f], masses, freedom)))
+                    energies.append(energy)
+            if not host.alive[:, -1].any():
+                break
+        tick(windows, windows)
+    summary = {
+        "out": str(folder),
+        "frames": int(written.sum()),
+        "length_ps": (written * frame_every * timestep / 1000).tolist(),
+        "frozen": int((written < frames_wanted).sum()),
+        "temperature": float(np.mean(heat)) if heat else None,
+        "energy": float(np.mean(energies)) if energies else None,
+    }
+    if as_json:
+        print(json.dumps({"run_dir": str(path), "status": "simulated", "step": stored.step, "metrics": {}, **summary}))
+    else:
+        print("\n".join(f"{name.replace('_', ' '):<12} {value}" for name, value in summary.items()))
+    return EXIT_OK
+
+
+def _known(thermostat: str) -> None:
+    if thermostat not in ENSEMBLES:
+        raise ConfigError(f"unknown thermostat {thermostat!r}: {nearest(thermostat, ENSEMBLES)}")
+
+
+def _structure(file: Path, system: Any) -> np.ndarray:
+    """Positions [n, 3] of a file of the system's atoms. Raises: `DataError` for others, or an unreadable file."""
+    import ase.io
+    import numpy as np
+
+    try:
+        atoms: Any = ase.io.read(file)
+    except Exception as error:  # whatever ASE's many readers raise
+        raise DataError(f"{file} cannot be read as a structure: {error}") from error
+    if not np.array_equal(atoms.get_atomic_numbers(), system.species):
+        raise DataError(
+            f"{file} has other atoms than this potential is for ({''.join(system.symbols)}), or another order"
+        )
+    return np.asarray(atoms.get_positions())
+
+
+@contextlib.contextmanager
+def _progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Windows done, on stderr: rewritten in place on a terminal, else a line when it ends."""
+    on_terminal = sys.stderr.isatty()
+
+    def tick(done: int, total: int) -> None:
+        if quiet:
+            return
+        if on_terminal:
+            print(f"\r{label}: window {done} of {total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        elif done == total:
+            print(f"{label}: {total} windows", file=sys.stderr)
+
+    yield tick
+
+
+SUBCOMMANDS: dict[str, Callable[..., int]] = {"benchmark": benchmark_command, "simulate": simulate_command}

@@ -1,0 +1,204 @@
+"""Potentials: size, symmetries, forces; frames: units, splits, bad files; and the commands of the family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import ase.io
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from stabletrain.cli.main import run
+from stabletrain.errors import ConfigError, DataError
+from stabletrain.nnip.calculator import PotentialCalculator
+from stabletrain.nnip.config import NnipConfig, resolve
+from stabletrain.nnip.frames import KCAL_PER_MOL, read_frames, split
+from stabletrain.nnip.potential import EnergyScale, Potential
+from stabletrain.nnip.schnet import SchNet
+from stabletrain.nnip.systems import make_system
+from stabletrain.training.config import make_config
+from stabletrain.training.run_directory import RunDirectory
+
+X = np.asarray([[0.0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0], [0.2, 0.1, 2.7], [1.0, 0.3, 3.1], [-0.5, 0.7, 3.0]])
+SYSTEM = make_system([8, 1, 1, 8, 1, 1], X)
+SMALL = Potential("schnet", SchNet(8, 2), SYSTEM, 5.0, EnergyScale(2.0, {1: -3.0, 8: -70.0}))
+
+
+@pytest.fixture
+def _float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def test_schnet_has_the_papers_number_of_parameters() -> None:
+    shapes = jax.eval_shape(Potential("s", SchNet(), SYSTEM, 5.0, EnergyScale(1.0, {})).init, jax.random.key(0))
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == 117_953
+
+
+@pytest.mark.usefixtures("_float64")
+def test_energy_is_invariant_and_forces_are_minus_its_gradient() -> None:
+    """Rotation, translation, exchange of equal atoms; central differences; forces add up to zero."""
+    params = SMALL.init(jax.random.key(0))
+    x = jnp.asarray(X)
+    energy_and_forces = jax.jit(SMALL.energy_and_forces)
+    energy, forces = energy_and_forces(params, x)
+    rotation = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0])
+    order = np.asarray([3, 5, 4, 0, 1, 2])
+    turned, turned_forces = energy_and_forces(params, (x @ rotation + 1.7)[order])
+    # float64 rounding of some hundred operations on numbers of order one.
+    np.testing.assert_allclose(turned, energy, atol=1e-12)
+    np.testing.assert_allclose(turned_forces, (forces @ rotation)[order], atol=1e-11)
+    np.testing.assert_allclose(forces.sum(0), 0, atol=1e-12)
+    step = 1e-5
+    for atom, axis in ((0, 0), (2, 1), (5, 2)):
+        plus = energy_and_forces(params, x.at[atom, axis].add(step))[0]
+        minus = energy_and_forces(params, x.at[atom, axis].add(-step))[0]
+        assert float(-(plus - minus) / (2 * step)) == pytest.approx(float(forces[atom, axis]), abs=1e-8)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_a_neighbour_list_in_a_cell_gives_the_energy_of_all_pairs_and_tells_when_it_overflows() -> None:
+    boxed = Potential("s", SchNet(8, 2, cutoff=4.0), make_system(SYSTEM.species, X, 9.0), 4.0, EnergyScale(1.0, {}))
+    params, x = boxed.init(jax.random.key(0)), jnp.asarray(X)
+    listed = boxed.fitted(X)
+    assert listed.capacity is not None
+    assert float(listed.energy(params, x)) == pytest.approx(float(boxed.energy(params, x)), abs=1e-12)
+    shifted = x.at[3:].add(jnp.asarray([9.0, -9.0, 18.0]))
+    assert float(listed.energy(params, shifted)) == pytest.approx(float(boxed.energy(params, x)), abs=1e-11)
+    short = Potential("s", boxed.network, boxed.system, 4.0, boxed.scale, capacity=3)
+    assert bool(short.neighbors(x).overflow)
+    assert np.isnan(float(short.energy(params, x)))
+
+
+def test_ase_gets_energies_with_the_reference_and_the_same_forces() -> None:
+    params = SMALL.init(jax.random.key(0))
+    atoms = Atoms(numbers=SYSTEM.species, positions=X, calculator=PotentialCalculator(SMALL, params))
+    energy, forces = SMALL.energy_and_forces(params, jnp.asarray(X, jnp.float32))
+    assert atoms.get_potential_energy() == pytest.approx(float(energy) - 2 * 70.0 - 4 * 3.0, abs=1e-4)
+    np.testing.assert_allclose(atoms.get_forces(), forces, atol=1e-5)
+    assert atoms.get_potential_energies().sum() == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
+    other = Atoms("H2", positions=[[0, 0, 0], [0, 0, 1]], calculator=PotentialCalculator(SMALL, params))
+    with pytest.raises(DataError, match="is for"):
+        other.get_potential_energy()
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+
+def write_npz(path: Path, count: int = 30, **changes: np.ndarray) -> Path:
+    """Frames of springs about a water dimer, in the form of MD17."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(count, 6, 3)) * 0.05
+    content = {"R": X + noise, "E": 100.0 + 40 * (noise**2).sum((1, 2)), "F": -80 * noise, "z": SYSTEM.species}
+    np.savez(path, **{**content, **changes})
+    return path
+
+
+def test_units_of_npz_files(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "dimer.npz")
+    kcal = read_frames("x", str(path))
+    ev = read_frames("x", str(path), "eV")
+    np.testing.assert_allclose(kcal.energies, ev.energies * KCAL_PER_MOL)
+    np.testing.assert_allclose(kcal.forces, ev.forces * KCAL_PER_MOL)
+    np.testing.assert_array_equal(kcal.positions, ev.positions)
+    assert kcal.spec.fingerprint != ev.spec.fingerprint
+    assert len(kcal.system.bonds) == 4
+
+
+def test_files_of_ase(tmp_path: Path) -> None:
+    frames = read_frames("x", str(write_npz(tmp_path / "dimer.npz")), "eV")
+    images = []
+    for k in range(4):
+        atoms = Atoms(numbers=SYSTEM.species, positions=frames.positions[k])
+        atoms.calc = SinglePointCalculator(atoms, energy=frames.energies[k], forces=frames.forces[k])
+        images.append(atoms)
+    ase.io.write(tmp_path / "dimer.extxyz", images)
+    again = read_frames("x", str(tmp_path / "dimer.extxyz"))
+    np.testing.assert_allclose(again.energies, frames.energies[:4], atol=1e-6)
+    np.testing.assert_allclose(again.forces, frames.forces[:4], atol=1e-6)
+
+
+def test_bad_files_are_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file"):
+        read_frames("x", str(tmp_path / "none.npz"))
+    np.savez(tmp_path / "part.npz", R=np.zeros((2, 3, 3)), z=np.ones(3, int))
+    with pytest.raises(DataError, match="has no E, F"):
+        read_frames("x", str(tmp_path / "part.npz"))
+    with pytest.raises(DataError, match="not finite"):
+        read_frames("x", str(write_npz(tmp_path / "nan.npz", E=np.full(30, np.nan))))
+    with pytest.raises(DataError, match="do not fit"):
+        read_frames("x", str(write_npz(tmp_path / "short.npz", E=np.zeros(3))))
+    with pytest.raises(ConfigError, match="unknown data set"):
+        read_frames("aspirine", None)
+    (tmp_path / "text.xyz").write_text("nothing")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_frames("x", str(tmp_path / "text.xyz"))
+
+
+def test_splits_are_disjoint_and_keep_the_test_frames(tmp_path: Path) -> None:
+    frames = read_frames("x", str(write_npz(tmp_path / "dimer.npz")))
+    train, test = split(frames, 5, 10, 0)
+    more, same = split(frames, 20, 10, 0)
+    assert not set(train) & set(test)
+    assert set(train) <= set(more)
+    np.testing.assert_array_equal(test, same)
+    with pytest.raises(DataError, match="fewer than"):
+        split(frames, 25, 10, 0)
+
+
+# --- configuration and commands ---------------------------------------------------------------------------------------
+
+
+def test_open_values_are_filled_in() -> None:
+    config = resolve(make_config(NnipConfig, {}))
+    assert (config.features, config.interactions, config.train_frames, config.steps) == (32, 3, 25, 3000)
+    assert config.split_seed == config.seed
+    assert config.method == "schnet"
+
+
+SMALLEST = ["--features", "8", "--interactions", "1", "--train-frames", "8", "--test-frames", "8"]
+QUIET = ["--quiet", "--devices", "1", "--log-every", "1"]
+
+
+@pytest.mark.slow
+def test_train_then_stable_then_benchmark_then_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way by commands, each read back from what it left."""
+    data = str(write_npz(tmp_path / "dimer.npz"))
+    base, stable = tmp_path / "base", tmp_path / "stable"
+    assert run(["nnip", "--data", data, *SMALLEST, "--steps", "4", "--out", str(base), *QUIET]) == 0
+    dynamics = ["--replicas", "2", "--window", "8", "--frame-every", "4"]
+    learning = ["--stable", "--base", str(base), "--steps", "2", "--max-bond-deviation", "0.0"]
+    judged = ["--benchmark-replicas", "2", "--benchmark-time", "0.004"]
+    assert run(["nnip", *learning, *dynamics, *judged, "--out", str(stable), *QUIET]) == 0
+    row = RunDirectory.open(stable).rows()[-1]
+    assert row["stable/learning"] == 1  # every bond is off its mean by more than nothing
+    assert {"eval/stable_share_0.004ps_500K", "eval/base_stable_share_0.004ps_500K"} <= row.keys()
+    continued = tmp_path / "continued"
+    assert run(["nnip", "--base", str(base), "--steps", "2", "--out", str(continued), *QUIET]) == 0
+    capsys.readouterr()
+
+    found = ["--time", "0.004", "--replicas", "2", "--window", "8", "--frame-every", "4", "--quiet", "--json"]
+    assert run(["nnip", "benchmark", str(stable), "--against", str(base), "--temperature", "300", *found]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [entry["potential"] for entry in document["benchmark"]] == ["stable", "base"]
+    assert (stable / "eval" / "benchmark" / "survival-300K-0.5fs.png").is_file()
+
+    options = ["--time", "0.01", "--frame-every", "4", "--replicas", "2", "--quiet", "--json"]
+    assert run(["nnip", "simulate", str(base), *options]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    frames = ase.io.read(Path(summary["out"]) / "replica-001.extxyz", index=":")
+    assert summary["frames"] == 2 * len(frames) == 10
+    assert frames[0].info["time"] == pytest.approx(2.0)
+
+
+def test_a_stable_run_without_a_base_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["nnip", "--stable"]) == 2
+    assert "--base" in capsys.readouterr().err
+    assert run(["nnip", "--stable", "--base", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
