@@ -20,7 +20,13 @@ def _gan() -> Family:
     return FAMILY
 
 
-FAMILIES: dict[str, Callable[[], Family]] = {"diffusion": _diffusion, "gan": _gan}
+def _nnip() -> Family:
+    from stabletrain.nnip.family import FAMILY
+
+    return FAMILY
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {"diffusion": _diffusion, "gan": _gan, "nnip": _nnip}
 
 
 def family_called(name: str, where: str) -> Family:
