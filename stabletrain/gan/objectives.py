@@ -197,9 +197,11 @@ class Objectives:
             total, metrics["train/dragan_penalty"] = total + config.dragan * penalty, penalty
         if config.r1_weight:
             every, weight = filled(config.r1_every), config.r1_weight
+            # As plain numbers: inside of `cond`, JAX cannot differentiate around a typed key that a critic closes over.
+            numbers = jax.random.key_data(keys[2])
 
             def seen(samples: Array) -> Array:
-                return scores(augment(samples, keys[2]))
+                return scores(augment(samples, jax.random.wrap_key_data(numbers)))
 
             def term() -> Array:
                 return every * weight * r1(seen, batch.real, mixes_samples=self.mixes_samples)
