@@ -16,8 +16,16 @@ from stabletrain.training.config import fields_of, option, replace
 
 BACKBONE_NAMES = ("unet", "uvit", "mlp")
 SKIP_SCALING_NAMES = ("none", "sqrt2", "cs", "ls", "ls-per-skip", "const", "mp-cat", "layernorm", "learned-scalar")
-PROCESS_NAMES = ("vp-sde", "ddpm-linear", "ddpm-cosine")
-SAMPLER_NAMES = ("ddim", "ddpm", "ddpm-large", "euler-maruyama")
+PROCESS_NAMES = ("vp-sde", "ddpm-linear", "ddpm-cosine", "edm")
+SAMPLER_NAMES = (
+    "ddim", "ddpm", "ddpm-large", "euler-maruyama", "ode-euler", "heun", "dpm-solver-fast", "dpm-solver-2m",
+)  # fmt: skip
+SAMPLER_PROCESSES = {
+    "euler-maruyama": ("vp-sde",),
+    "ode-euler": ("vp-sde", "edm"),
+    "dpm-solver-fast": ("vp-sde", "edm"),
+}
+"""The processes that a sampler can follow, where not all."""
 
 NETWORK, PROCESS, SAMPLING, OPTIMISER, EVALUATION = "Network", "Noise process", "Sampling", "Optimiser", "Evaluation"
 
@@ -77,7 +85,10 @@ class DiffusionConfig(ScoreConfig):
     )
 
     process: str = option(
-        "vp-sde", "Noise process; the network predicts the noise.", panel=PROCESS, choices=PROCESS_NAMES
+        "vp-sde",
+        "Noise process; the network predicts the noise, or with edm the preconditioned image.",
+        panel=PROCESS,
+        choices=PROCESS_NAMES,
     )
 
     sampler: str = option("ddim", "Sampler of the evaluation.", panel=SAMPLING, choices=SAMPLER_NAMES)
@@ -90,6 +101,9 @@ class DiffusionConfig(ScoreConfig):
         panel=SAMPLING,
         minimum=0.0,
         maximum=1.0,
+    )
+    churn: float | None = option(
+        None, "heun with edm: S_churn, fresh noise along the way; 0 is deterministic.", panel=SAMPLING, minimum=0.0
     )
     guidance: float | None = option(
         None, "Guidance strength w: 1 is the labelled network alone, 0 the unlabelled one.", panel=SAMPLING, minimum=0.0
@@ -229,11 +243,26 @@ def _label_problems(config: DiffusionConfig) -> Iterator[str]:
         yield f"--guidance {config.guidance} needs a network that was trained without labels too: raise --label-dropout"
 
 
+def sampler_problem(sampler: str, process: str, steps: int) -> str | None:
+    """Why a sampler of so many network evaluations cannot follow a process, as the user reads it; None if it can."""
+    processes = SAMPLER_PROCESSES.get(sampler, PROCESS_NAMES)
+    if process not in processes:
+        return (
+            f"--sampler {sampler} solves a differential equation in continuous time, which {process} is not: "
+            f"it needs --process {' or '.join(processes)}"
+        )
+    levels = (steps + 1) // 2 if sampler == "heun" else steps
+    if process.startswith("ddpm") and levels > 1000:
+        return f"--sampling-steps {steps} asks for more than the 1000 levels of {process}"
+    return None
+
+
 def _sampler_problems(config: DiffusionConfig) -> Iterator[str]:
-    if config.sampler == "euler-maruyama" and config.process != "vp-sde":
-        yield f"--sampler euler-maruyama solves a differential equation; --process {config.process} is none: use vp-sde"
-    if config.process != "vp-sde" and config.sampling_steps > 1000:
-        yield f"--sampling-steps {config.sampling_steps} is more than the 1000 levels of --process {config.process}"
+    problem = sampler_problem(config.sampler, config.process, config.sampling_steps)
+    if problem:
+        yield problem
+    if config.churn and (config.sampler, config.process) != ("heun", "edm"):
+        yield f"--churn does nothing with --sampler {config.sampler} on {config.process}: it belongs to heun on edm"
     if config.ddim_eta is not None and config.sampler != "ddim":
         yield f"--ddim-eta does nothing with --sampler {config.sampler}"
 
@@ -318,6 +347,7 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
         "horizontal_flip": bool(info and info.channels == 3),
         "class_conditional": conditional,
         "ddim_eta": 0.0 if config.sampler == "ddim" else None,
+        "churn": 0.0 if (config.sampler, config.process) == ("heun", "edm") else None,
         "label_dropout": 0.1 if conditional else 0.0,
         "guidance": (1.0 if config.label_dropout == 0 else 1.5) if conditional else None,
         "kappa": 0.7 if config.skip_scaling in TAKES_KAPPA else None,

@@ -317,6 +317,7 @@ class DiffusionExperiment:
             steps=config.sampling_steps,
             guidance=1.0 if config.guidance is None else config.guidance,
             eta=config.ddim_eta or 0.0,
+            churn=config.churn or 0.0,
             clip=config.clip_denoised,
         )
 

@@ -6,11 +6,12 @@ process's own business, so another parametrisation (v-prediction, EDM's precondi
 the samplers nor the experiment change.
 
 **Shapes** images: [B, H, W, C] in [-1, 1]; times: [B], of the process's own kind: real numbers in [0, 1] for the
-VP-SDE, whole numbers 0..999 (and -1, "no noise") for DDPM. A *network* here is a function `(noisy [B, H, W, C],
-network_times [B] in 0..999) -> [B, H, W, C]`; label, weights and guidance are closed over by the caller.
+VP-SDE, whole numbers 0..999 (and -1, "no noise") for DDPM, noise levels sigma for EDM. A *network* here is a function
+`(noisy [B, H, W, C], network_times [B] in 0..999, for EDM ln(sigma) / 4) -> [B, H, W, C]`; label, weights and guidance
+are closed over by the caller.
 
 **Source** Ho et al. 2020 (DDPM); Song et al. 2021 (the VP-SDE); Nichol and Dhariwal 2021 (the cosine schedule);
-Bao et al. 2023 (U-ViT) for continuous times in [0, 1] fed to the network as 999 t.
+Bao et al. 2023 (U-ViT) for continuous times in [0, 1] fed to the network as 999 t; Karras et al. 2022 (EDM).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import ndtri
 
 Array = jax.Array
 Network = Callable[[Array, Array], Array]
@@ -62,6 +64,17 @@ class Process(Protocol):
 
     def loss(self, network: Network, clean: Array, noise: Array, times: Array) -> Array:
         """Training loss of each image [B], float32."""
+
+
+class Invertible(Process, Protocol):
+    """A process in continuous time, for samplers that choose their own times."""
+
+    def times_of(self, log_snr: np.ndarray) -> np.ndarray:
+        """The times at which log(alpha / sigma) has these values."""
+
+    @property
+    def solver_end(self) -> float:
+        """The time at which DPM-Solver stops."""
 
 
 class Diffusing(Process, Protocol):
@@ -123,6 +136,7 @@ class VPSDE:
     first_time: float = 1e-3  # the smallest time that a sampler evaluates the network at
 
     prior_scale = 1.0
+    solver_end = 1e-4  # as in the released U-ViT
 
     def draw_times(self, key: Array, count: int) -> Array:
         return jax.random.uniform(key, (count,))
@@ -142,6 +156,13 @@ class VPSDE:
         log_alpha = -0.5 * self.beta_min * times - 0.25 * (self.beta_max - self.beta_min) * times**2
         # expm1 keeps sigma right near t = 0, where 1 - alpha^2 in float32 would be a difference of near-equals.
         return xp.exp(log_alpha), xp.sqrt(-xp.expm1(2.0 * log_alpha))
+
+    def times_of(self, log_snr: np.ndarray) -> np.ndarray:
+        """The times at which log(alpha / sigma) has these values. Lu et al. 2022 (DPM-Solver), Appendix D.4."""
+        log_alpha = -0.5 * np.logaddexp(0.0, -2.0 * log_snr)
+        slope = self.beta_max - self.beta_min
+        # the root of slope t^2 / 4 + beta_min t / 2 + log_alpha = 0, without a difference of near-equals
+        return -4.0 * log_alpha / (self.beta_min + np.sqrt(self.beta_min**2 - 4.0 * slope * log_alpha))
 
     def estimate(self, network: Network, noisy: Array, times: Array) -> Estimate:
         return _noise_estimate(self, TIME_SCALE * times, network, noisy, times)
@@ -221,9 +242,79 @@ class DDPM:
         return _noise_loss(self._network_times(times), network, noised(self, clean, noise, times), noise)
 
 
+@dataclass(frozen=True)
+class EDM:
+    """Karras et al.'s process: noisy = clean + sigma noise, a preconditioned denoiser, log-normal training levels.
+
+    Time is sigma itself. D(x) = c_skip x + c_out F(c_in x, ln(sigma) / 4) with the network F; the loss is
+    lambda(sigma) (D - clean)^2 with lambda = 1 / c_out^2, so that F's own target has unit variance at every level.
+
+    Source: Karras et al. 2022, Table 1 and Eqs. 5 and 7.
+    """
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    log_mean: float = -1.2
+    log_std: float = 1.2
+
+    @property
+    def prior_scale(self) -> float:
+        """Sampling starts from noise of the largest level."""
+        return self.sigma_max
+
+    @property
+    def solver_end(self) -> float:
+        """The smallest level."""
+        return self.sigma_min
+
+    def draw_times(self, key: Array, count: int) -> Array:
+        return jnp.exp(self.log_mean + self.log_std * jax.random.normal(key, (count,)))
+
+    def spread_times(self, count: int) -> np.ndarray:
+        quantiles = ndtri((np.arange(count) + 0.5) / count)
+        return np.exp(self.log_mean + self.log_std * quantiles).astype(np.float32)
+
+    def sampling_times(self, steps: int) -> np.ndarray:
+        """sigma_max down to sigma_min, equally spaced in sigma^(1 / rho); then 0. Karras et al. 2022, Eq. 5."""
+        share = np.arange(steps) / max(steps - 1, 1)
+        top, bottom = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return np.append((top + share * (bottom - top)) ** self.rho, 0.0)
+
+    def marginal(self, times: Any) -> tuple[Any, Any]:
+        xp = np if isinstance(times, np.ndarray) else jnp
+        return xp.ones_like(times), times
+
+    def times_of(self, log_snr: np.ndarray) -> np.ndarray:
+        """exp(-log_snr)."""
+        return np.exp(-log_snr)
+
+    def preconditioning(self, sigma: Array) -> tuple[Array, Array, Array, Array]:
+        """(c_skip, c_out, c_in, c_noise) for levels [B]. Karras et al. 2022, Table 1."""
+        total = sigma**2 + self.sigma_data**2
+        root = jnp.sqrt(total)
+        return self.sigma_data**2 / total, sigma * self.sigma_data / root, 1.0 / root, 0.25 * jnp.log(sigma)
+
+    def estimate(self, network: Network, noisy: Array, times: Array) -> Estimate:
+        times = times.astype(noisy.dtype)
+        skip, out, scale, label = self.preconditioning(times)
+        raw = network(over_pixels(scale, noisy) * noisy, label).astype(noisy.dtype)
+        clean = over_pixels(skip, noisy) * noisy + over_pixels(out, noisy) * raw
+        return Estimate(clean, (noisy - clean) / over_pixels(times, noisy))
+
+    def loss(self, network: Network, clean: Array, noise: Array, times: Array) -> Array:
+        dtype = jnp.promote_types(clean.dtype, jnp.float32)
+        clean, noise, times = clean.astype(dtype), noise.astype(dtype), times.astype(dtype)
+        found = self.estimate(network, noised(self, clean, noise, times), times)
+        weight = (times**2 + self.sigma_data**2) / (times * self.sigma_data) ** 2
+        return weight * jnp.mean(jnp.square(found.clean - clean), axis=tuple(range(1, clean.ndim)))
+
+
 PROCESSES: Mapping[str, Callable[[], Process]] = {
     "vp-sde": VPSDE,
     "ddpm-linear": lambda: DDPM("linear"),
     "ddpm-cosine": lambda: DDPM("cosine"),
+    "edm": EDM,
 }
 """By the name of the option `--process`."""

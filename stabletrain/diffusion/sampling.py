@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stabletrain.data.images import encode_png, image_grid, to_uint8
+from stabletrain.diffusion.config import sampler_problem
 from stabletrain.diffusion.guidance import guided
 from stabletrain.diffusion.processes import Array, Process
-from stabletrain.diffusion.samplers import SAMPLERS, Plan, ddim, sample
+from stabletrain.diffusion.samplers import SAMPLERS, Plan, ddim, heun, sample
 from stabletrain.errors import ConfigError, nearest
 from stabletrain.training.devices import batch_sharding, replicated
 from stabletrain.training.experiment import EvaluationContext
@@ -36,12 +37,16 @@ Apply = Callable[..., Array]
 
 @dataclass(frozen=True)
 class Settings:
-    """How trajectories are run. `eta` is for `ddim`; `skip_multipliers` has one number per skip, outermost first."""
+    """How trajectories are run.
+
+    `eta` is for `ddim`, `churn` for `heun`; `skip_multipliers` has one number per skip, outermost first.
+    """
 
     sampler: str
     steps: int
     guidance: float
     eta: float = 0.0
+    churn: float = 0.0
     clip: bool = True
     skip_multipliers: tuple[float, ...] = ()
 
@@ -50,6 +55,8 @@ def plan_of(process: Process, settings: Settings) -> Plan:
     """The sampler's plan on a process."""
     if settings.sampler == "ddim":
         return ddim(process, settings.steps, settings.eta)
+    if settings.sampler == "heun":
+        return heun(process, settings.steps, settings.churn)
     return SAMPLERS[settings.sampler](process, settings.steps)
 
 
@@ -183,7 +190,11 @@ def _settings_of(experiment: DiffusionExperiment, options: SampleOptions) -> Set
     """The run's own settings with the options that were given; refused where the model cannot follow."""
     config, own = experiment.config, experiment.settings()
     sampler = options.sampler or own.sampler
-    changes: dict[str, Any] = {"sampler": sampler, "eta": own.eta if sampler == "ddim" else 0.0}
+    changes: dict[str, Any] = {
+        "sampler": sampler,
+        "eta": own.eta if sampler == "ddim" else 0.0,
+        "churn": own.churn if sampler == "heun" else 0.0,
+    }
     if options.sampling_steps:
         changes["steps"] = options.sampling_steps
     if options.guidance is not None:
@@ -198,12 +209,8 @@ def _settings_of(experiment: DiffusionExperiment, options: SampleOptions) -> Set
             raise ConfigError(f"--skip-multipliers takes 1 or {count} numbers (one per skip), not {len(given)}")
         changes["skip_multipliers"] = given * count if len(given) == 1 else given
     settings = dataclasses.replace(own, **changes)
-    if settings.sampler == "euler-maruyama" and config.process != "vp-sde":
-        raise ConfigError(
-            f"--sampler euler-maruyama needs the process vp-sde; this model was trained on {config.process}"
-        )
-    if config.process != "vp-sde" and settings.steps > 1000:
-        raise ConfigError(f"--sampling-steps {settings.steps} is more than the 1000 levels of {config.process}")
+    if problem := sampler_problem(settings.sampler, config.process, settings.steps):
+        raise ConfigError(f"{problem}; this model was trained on {config.process}")
     return settings
 
 

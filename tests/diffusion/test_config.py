@@ -49,7 +49,7 @@ def test_a_resolved_config_leaves_nothing_open_that_applies(dataset, backbone, s
     for name in ("steps", "image_size", "width", "depth", "learning_rate"):
         assert values[name] > 0, name
     not_applicable = {
-        "data", "best_metric", "inception", "kappa_indexing", *(() if scaling in TAKES_KAPPA else ("kappa",)),
+        "data", "best_metric", "inception", "kappa_indexing", "churn", *(() if scaling in TAKES_KAPPA else ("kappa",)),
         *(() if config.class_conditional else ("guidance",)),
         *(name for name, backbones in ONLY_FOR.items() if backbone not in backbones),
     }  # fmt: skip
@@ -140,7 +140,10 @@ def test_judging_follows_the_data():
         ({"scores": ("fd", "kd", "fd")}, "names one twice"),
         ({"scores": ("fid",)}, "did you mean 'fd'"),
         ({"label_dropout": 0.0, "guidance": 2.0}, "raise --label-dropout"),
-        ({"sampler": "euler-maruyama", "process": "ddpm-linear"}, "use vp-sde"),
+        ({"sampler": "euler-maruyama", "process": "ddpm-linear"}, "needs --process vp-sde"),
+        ({"sampler": "dpm-solver-fast", "process": "ddpm-cosine"}, "needs --process vp-sde or edm"),
+        ({"sampler": "heun", "process": "ddpm-linear", "sampling_steps": 2003}, "more than the 1000 levels"),
+        ({"churn": 10.0}, "--churn does nothing with --sampler ddim"),
         ({"process": "ddpm-cosine", "sampling_steps": 1001}, "1000 levels"),
         ({"sampler": "ddpm", "ddim_eta": 0.5}, "--ddim-eta does nothing"),
         ({"horizontal_flip": True}, "mirrored character"),

@@ -436,7 +436,7 @@ def test_an_unconditional_model_refuses_labels_and_guidance(tmp_path):
         ({"label": "3"}, "--label does nothing"),
         ({"guidance": 2.0}, "--guidance does nothing"),
         ({"weights": "ema"}, "no moving average"),
-        ({"sampler": "euler-maruyama"}, "needs the process vp-sde"),
+        ({"sampler": "euler-maruyama"}, "needs --process vp-sde"),
         ({"sampling_steps": 2000}, "1000 levels"),
     ):
         with pytest.raises(ConfigError, match=reason):
