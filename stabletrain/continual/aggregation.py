@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from stabletrain.continual.baselines import RULES
 from stabletrain.continual.config import ContinualConfig, filled
@@ -89,6 +90,10 @@ class Aggregation:
         return Aggregated(update, losses, gram, weights, new, auxiliary, {})
 
 
+WeightsOf = Callable[[Array, Array], tuple[Array, Any]]
+Found = tuple[Params, Array, Array, Array, Any, dict[str, Any]]
+
+
 def _gram(gradients: Params) -> Array:
     """[K, K] in float32 from gradients whose leaves have K rows."""
 
@@ -99,10 +104,10 @@ def _gram(gradients: Params) -> Array:
     return sum((of_leaf(leaf) for leaf in jax.tree.leaves(gradients)), start=jnp.zeros(()))
 
 
-def _at_once(loss_of, params, slots, on, weights_of):
-    (losses, auxiliary), gradients = jax.vmap(jax.value_and_grad(loss_of, has_aux=True), in_axes=(None, 0))(
-        params, slots
-    )
+def _at_once(loss_of: SlotLoss, params: Params, slots: Any, on: Array, weights_of: WeightsOf) -> Found:
+    """All gradients by one vmapped backward pass; they are held together, K times the parameters."""
+    differentiate = jax.vmap(jax.value_and_grad(loss_of, has_aux=True), in_axes=(None, 0))
+    (losses, auxiliary), gradients = differentiate(params, slots)
     gradients = jax.tree.map(lambda g: jnp.where(on.reshape(-1, *[1] * (g.ndim - 1)), g, 0.0), gradients)
     gram = _gram(gradients)
     weights, new = weights_of(losses, gram)
@@ -110,5 +115,38 @@ def _at_once(loss_of, params, slots, on, weights_of):
     return update, losses, gram, weights, new, auxiliary
 
 
-def _one_by_one(loss_of, params, slots, on, weights_of):
-    raise NotImplementedError
+def _one_by_one(loss_of: SlotLoss, params: Params, slots: Any, on: Array, weights_of: WeightsOf) -> Found:
+    """Never more than two gradients at a time: <g_i, g_j> is the derivative of loss j along g_i.
+
+    Two backward passes for each gradient, and one forward-mode pass for each pair; slots that are off cost nothing. The
+    Gram matrix and the update are those of `_at_once` up to rounding.
+    """
+    count = len(on)
+
+    def slot_at(i: Array) -> Any:
+        return jax.tree.map(lambda leaf: leaf[i], slots)
+
+    def row_of(i: Array) -> tuple[Array, Array, dict[str, Any]]:
+        (loss, auxiliary), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, slot_at(i))
+
+        def along(j: Array) -> Array:
+            def slope() -> Array:
+                return jax.jvp(lambda p: loss_of(p, slot_at(j))[0], (params,), (gradient,))[1]
+
+            return lax.cond(on[i] & on[j] & (j >= i), slope, lambda: jnp.zeros(()))
+
+        return loss, lax.map(along, jnp.arange(count)), auxiliary
+
+    losses, upper, auxiliary = lax.map(row_of, jnp.arange(count))
+    gram = upper + upper.T - jnp.diag(jnp.diagonal(upper))
+    weights, new = weights_of(losses, gram)
+
+    def add(i: Array, total: Params) -> Params:
+        def added() -> Params:
+            gradient = jax.grad(lambda p: loss_of(p, slot_at(i))[0])(params)
+            return jax.tree.map(lambda t, g: t + weights[i] * g, total, gradient)
+
+        return lax.cond(weights[i] != 0, added, lambda: total)
+
+    update = lax.fori_loop(0, count, add, jax.tree.map(jnp.zeros_like, params))
+    return update, losses, gram, weights, new, auxiliary

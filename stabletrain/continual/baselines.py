@@ -35,6 +35,12 @@ def _together(gram: Array, current: Array, memory: Array) -> tuple[Array, Array,
     return c, m, c @ gram @ m, m @ gram @ m
 
 
+def current_mean(gram: Array, losses: Array, current: Array, memory: Array) -> Array:
+    """g_c: the mean of the active tasks' gradients, whatever the memory says."""
+    del gram, losses, memory
+    return _mean_of(current)
+
+
 def er(gram: Array, losses: Array, current: Array, memory: Array) -> Array:
     """(g_c + g_0) / 2; g_c alone while the memory is empty."""
     del gram, losses
@@ -115,6 +121,12 @@ def mega_released(gram: Array, losses: Array, current: Array, memory: Array) -> 
 
 
 RULES: dict[str, Rule] = {
-    "er": er, "replay-sum": replay_sum, "agem": agem, "gem": gem, "mega": mega, "mega-released": mega_released,
-}  # fmt: skip
+    "current": current_mean,
+    "er": er,
+    "replay-sum": replay_sum,
+    "agem": agem,
+    "gem": gem,
+    "mega": mega,
+    "mega-released": mega_released,
+}
 """Rehearsal rules by name."""

@@ -244,6 +244,8 @@ def _method_problems(config: ContinualConfig, whole: ContinualConfig) -> Iterato
     without_memory = whole.memory_per_class == 0
     if without_memory and config.buffer is not None:
         yield "--buffer does nothing with --memory-per-class 0"
+    if not without_memory and rule == "current":
+        yield "--aggregator current never asks the memory: use --memory-per-class 0"
     if without_memory and rule in REHEARSAL_RULE_NAMES and rule != "current":
         yield f"--aggregator {rule} is a rule for a memory: --memory-per-class must be above 0"
     stored = {"distill_weight": "the logits of DER", "edit_rate": "the edited pixels of GMED"}

@@ -17,7 +17,7 @@ AGGREGATOR_NAMES = (
 )  # fmt: skip
 """`stabletrain.continual.aggregators.AGGREGATORS` by name: the memory is one task more."""
 
-REHEARSAL_RULE_NAMES = ("er", "replay-sum", "agem", "gem", "mega", "mega-released")
+REHEARSAL_RULE_NAMES = ("current", "er", "replay-sum", "agem", "gem", "mega", "mega-released")
 """`stabletrain.continual.baselines.RULES` by name: the mean gradient of the active tasks against the memory's."""
 
 
@@ -68,7 +68,7 @@ PRESETS: dict[str, Preset] = {
     ),
     **{name: Preset(text, {"aggregator": name}) for name, text in _MTL.items()},
     "finetune": Preset("Mean gradient of the active tasks, no memory: the lower bound.",
-                       {"aggregator": "mean", "memory_per_class": 0}),
+                       {"aggregator": "current", "memory_per_class": 0}),
     "er": Preset("Experience replay: mean of the current and the memory's gradient.", {"aggregator": "er"}),
     "agem": Preset("A-GEM: no step against the memory's gradient (Chaudhry et al. 2019).", {"aggregator": "agem"}),
     "gem": Preset("GEM: no step against any finished task's gradient (Lopez-Paz and Ranzato 2017).",
@@ -87,7 +87,7 @@ PRESETS: dict[str, Preset] = {
     "mdmt-r": Preset("MDMT-R: cosine head with angular margins, replay (Lyu et al. 2021).",
                      {"aggregator": "er", "loss": "margin", "head": "cosine"}),
     "single": Preset("Each task alone, with a fresh network: a bound for the accuracy at a task's own end.",
-                     {"aggregator": "mean", "memory_per_class": 0, "restart": True, "timeline": "serial"}),
+                     {"aggregator": "current", "memory_per_class": 0, "restart": True, "timeline": "serial"}),
     "joint": Preset("All tasks at once from the first step: the bound that continual learning lacks.",
-                    {"aggregator": "mean", "memory_per_class": 0, "timeline": "parallel"}),
+                    {"aggregator": "current", "memory_per_class": 0, "timeline": "parallel"}),
 }  # fmt: skip

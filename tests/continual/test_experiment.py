@@ -104,10 +104,10 @@ def test_stopped_amid_overlapping_tasks_ends_the_same_to_the_bit(tmp_path: Path,
     made = experiment(**options)
     assert len(made.timeline.active(9)) == 2, "the first checkpoint lies where tasks overlap"
     sessions = 0
-    while run(tmp_path / "cut", stop=StopAfter(4), **options).status == "preempted":
+    while run(tmp_path / "cut", stop=StopAfter(9), **options).status == "preempted":
         sessions += 1
         assert sessions < 40
-    assert sessions > 2
+    assert sessions > 1
     whole, cut = RunDirectory.open(tmp_path / "whole"), RunDirectory.open(tmp_path / "cut")
     assert cut.status["params_sha256"] == whole.status["params_sha256"]
     assert comparable_rows(tmp_path / "cut") == comparable_rows(tmp_path / "whole")
@@ -167,6 +167,18 @@ def test_every_baseline_takes_steps_with_a_memory(method: str):
         assert state_hash(state.old["params"]) != before
     if method == "gmed":
         assert float(jnp.abs(state.stored["images"]).max()) > 0
+
+
+def test_one_gradient_at_a_time_gives_the_same_update():
+    """Sums in another order: float32 rounding of parameters near 1."""
+    params = []
+    for memory in ("fast", "low"):
+        made = experiment(gradient_memory=memory)
+        state, position = fresh_state(made), made.timeline.starts[2]
+        state, metrics = jax.jit(made.step)(state, {**made.batch(position), **made.resident})
+        params.append((jax.device_get(state.params), float(metrics["stability/condition"])))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params[0][0], params[1][0])
+    assert params[0][1] == pytest.approx(params[1][1], rel=1e-3)
 
 
 def test_stored_logits_are_those_of_the_step_at_which_an_example_came():
