@@ -81,6 +81,8 @@ def resolve(config: NnipConfig) -> NnipConfig:
     """
     chosen: dict[str, Any] = dict(SMALL)
     if config.base is not None:
+        config = replace(config, base=config.base.replace("{seed}", str(config.seed)))
+        assert config.base is not None
         base = _base_values(config.base)
         if not config.data:
             chosen |= {"data": base.get("data")}

@@ -23,7 +23,9 @@ class StableOptions:
     stable: bool = option(
         False, "StABlE Training: simulate, and learn an observable from what fails. Needs --base.", panel=STABLE
     )
-    base: str | None = option(None, "Run directory of the trained potential to start from.", panel=STABLE)
+    base: str | None = option(
+        None, "Run directory of the trained potential to start from; {seed} in it stands for --seed.", panel=STABLE
+    )
     replicas: int = option(16, "Copies of the system that are simulated at once.", panel=DYNAMICS, minimum=2)
     temperature: float = option(500.0, "Temperature in K.", panel=DYNAMICS, minimum=1.0)
     timestep: float = option(0.5, "Time step in fs.", panel=DYNAMICS, minimum=0.001)

@@ -162,6 +162,22 @@ def test_open_values_are_filled_in() -> None:
     assert config.method == "schnet"
 
 
+def test_a_run_takes_from_its_base_what_that_fixes(tmp_path: Path) -> None:
+    """Data, split and network are the base's, by seed where {seed} stands; what contradicts them is refused."""
+    base = resolve(make_config(NnipConfig, {"features": 16, "train_frames": 12, "seed": 4}))
+    RunDirectory.create(tmp_path / "base-s4", "nnip", base)
+    named = str(tmp_path / "base-s{seed}")
+    config = resolve(make_config(NnipConfig, {"stable": True, "base": named, "seed": 4}))
+    assert (config.features, config.train_frames, config.split_seed) == (16, 12, 4)
+    assert config.base == str(tmp_path / "base-s4")
+    assert config.method == "stable"
+    assert resolve(config) == config
+    with pytest.raises(ConfigError, match="contradicts the base run"):
+        resolve(make_config(NnipConfig, {"base": named, "seed": 4, "features": 64}))
+    with pytest.raises(ConfigError, match="no run directory"):
+        resolve(make_config(NnipConfig, {"base": named, "seed": 5}))
+
+
 SMALLEST = ["--features", "8", "--interactions", "1", "--train-frames", "8", "--test-frames", "8"]
 QUIET = ["--quiet", "--devices", "1", "--log-every", "1"]
 
