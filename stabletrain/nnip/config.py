@@ -84,14 +84,11 @@ def resolve(config: NnipConfig) -> NnipConfig:
         config = replace(config, base=config.base.replace("{seed}", str(config.seed)))
         assert config.base is not None
         base = _base_values(config.base)
-        if not config.data:
-            chosen |= {"data": base.get("data")}
         defaults = {f.name: f.default for f in dataclasses.fields(config)}
         for name in FROM_BASE:
             given = getattr(config, name)
-            if given == defaults[name]:
-                chosen[name] = base.get(name, defaults[name])
-            elif name in base and given != base[name] and name not in ("data", "energy_unit"):
+            chosen[name] = base.get(name, defaults[name]) if given == defaults[name] else given
+            if given != defaults[name] and name in base and given != base[name] and name not in ("data", "energy_unit"):
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} {given} contradicts the base run, which has {base[name]}")
         chosen["split_seed"] = base["split_seed"]
