@@ -11,22 +11,21 @@ import pytest
 from stabletrain.errors import ConfigError
 from stabletrain.gan.figure_commands import value_surfaces
 from stabletrain.gan.toy_training import ToyResult, ToySettings, init_mlp, scores, train_toy
-from stabletrain.gan.value_surfaces import judged_points, pack, surface, surfaces_figure, unpack
+from stabletrain.gan.value_surfaces import Surface, judged_points, pack, surface, surfaces_figure, unpack
 
 TINY = ToySettings(
     toy="gaussians8", method="wgan-gp", generator="trained", steps=1, width=8, hidden=1, batch_size=8, critic_steps=1
 )
 
 
-def panels(generator):
-    found = []
-    for toy in ("gaussians8", "swissroll"):
-        for method in ("wgan", "wgan-gp"):
-            settings = ToySettings(
-                toy=toy, method=method, generator=generator, steps=1, width=8, hidden=1, batch_size=8, critic_steps=1
-            )
-            found.append(surface(settings, extent=2.0, grid=9, tick=None))
-    return found
+def panel_of(toy, method, generator):
+    """A panel of a critic that is the distance from the middle."""
+    axis = np.linspace(-2, 2, 9)
+    values = np.hypot(*np.meshgrid(axis, axis))
+    points = np.ones((4, 2))
+    numbers = {"estimate": 0.5, "exact": 0.6, "floor": 0.1, "lipschitz": 1.0, "seconds": 1.0}
+    modes: dict = {"modes_covered": None, "modes": None, "high_quality": None}
+    return Surface(toy, method, generator, axis, values, points, points, **numbers, **modes)
 
 
 def test_a_panel_says_what_it_shows():
@@ -60,7 +59,8 @@ def test_fixed_fakes_are_judged_on_other_real_points():
 
 @pytest.mark.parametrize("generator", ["noise", "trained"])
 def test_the_figure_has_clipping_on_top_and_a_column_for_each_toy(generator):
-    figure = surfaces_figure(panels(generator))
+    pairs = [(toy, method) for toy in ("gaussians8", "swissroll") for method in ("wgan", "wgan-gp")]
+    figure = surfaces_figure([panel_of(toy, method, generator) for toy, method in pairs])
     assert len(figure.axes) == 4
     assert [axis.get_ylabel() for axis in figure.axes] == ["weight clipping", "", "gradient penalty", ""]
     assert [axis.get_title() for axis in figure.axes] == ["8 Gaussians", "Swiss roll", "", ""]
@@ -81,7 +81,7 @@ def test_the_command_draws_both_figures_and_goes_on_where_it_was(tmp_path, capsy
     assert document["files"] == sorted(expected)
     assert document["metrics"]["trained/gaussians8/wgan-gp/modes_covered_2500"] in range(9)
     assert (out / "value-surfaces-fixed.png").read_bytes().startswith(b"\x89PNG")
-    (out / "parts" / "noise-gaussians8-wgan.npz").unlink()
+    (out / "parts" / "noise-gaussians8-wgan.npz").unlink()  # as if it had been interrupted
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
     before = (out / "value-surfaces-fixed.svg").read_bytes()
     assert value_surfaces(out=out, preset=preset, quiet=True) == 0
