@@ -81,6 +81,11 @@ TOY_FIGURES = figure-wgan_gp-value-surfaces figure-wgan_gp-gradient-norms
 $(TOY_FIGURES): figure-wgan_gp-%: $(VENV)/.installed ## WGAN-GP's figures on toys (SCALE=small|paper)
 	$(BIN)/stabletrain gan $* --config experiments/wgan_gp/$*/figure.toml --scale $(SCALE) --out results/$(SCALE)/wgan_gp/$*
 
+DIFFUSION_FIGURES = figure-scalelong-theory figure-scalelong-frontier
+.PHONY: $(DIFFUSION_FIGURES)
+$(DIFFUSION_FIGURES): figure-scalelong-%: $(VENV)/.installed ## ScaleLong's theorems, and the largest learning rates
+	$(BIN)/stabletrain diffusion $* --config experiments/scalelong/$*/figure.toml --scale $(SCALE) --out results/$(SCALE)/scalelong/$*
+
 .PHONY: clean
 clean: ## Remove the virtual environment and caches (never runs or results)
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stabletrain.diffusion.config import SAMPLER_NAMES, DiffusionConfig, resolve
+from stabletrain.diffusion.frontier_command import frontier
+from stabletrain.diffusion.import_command import import_weights
+from stabletrain.diffusion.theory_command import theory
 from stabletrain.training.config import option
 from stabletrain.training.experiment import EvaluationContext, Family, Shorthand
 
@@ -69,4 +72,5 @@ FAMILY = Family(
     },
     sample=sample,
     sample_options=SampleOptions,
+    subcommands={"theory": theory, "frontier": frontier, "import": import_weights},
 )

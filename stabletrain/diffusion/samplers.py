@@ -348,7 +348,9 @@ def _follow_with_memory(
         [plan.noisy, plan.clean, plan.noise, memory.base, memory.clean, memory.noise, memory.churn], axis=1
     )
 
-    def step(carried: tuple[Array, ...], now: tuple[Array, Array, Array, Array]) -> tuple[tuple[Array, ...], None]:
+    Carried = tuple[Array, Array, Array, Array]
+
+    def step(carried: Carried, now: tuple[Array, Array, Array, Array]) -> tuple[Carried, None]:
         noisy, *old = carried
         index, time, keep, of = now
         if random:
@@ -359,8 +361,11 @@ def _follow_with_memory(
             estimate = clip_clean(process, estimate, noisy, times)
         moved = of[0] * noisy + of[1] * estimate.clean + of[2] * estimate.noise
         moved = moved + of[3] * old[0] + of[4] * old[1] + of[5] * old[2]
-        kept = [jnp.where(keep, new, before) for new, before in zip((noisy, *estimate), old, strict=True)]
-        return (moved.astype(start.dtype), *(each.astype(start.dtype) for each in kept)), None
+        image, clean, noise = (
+            jnp.where(keep, new, before).astype(start.dtype)
+            for new, before in zip((noisy, *estimate), old, strict=True)
+        )
+        return (moved.astype(start.dtype), image, clean, noise), None
 
     schedule = (
         jnp.arange(plan.steps),

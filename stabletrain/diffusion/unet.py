@@ -16,10 +16,14 @@ from stabletrain.nn.embeddings import sinusoidal
 from stabletrain.nn.initializers import fan_average
 
 
+def group_count(channels: int) -> int:
+    """32 groups, or the most that leave at least four channels each."""
+    return max(g for g in range(1, min(32, max(1, channels // 4)) + 1) if channels % g == 0)
+
+
 def group_norm(channels: int, epsilon: float, dtype: Any, name: str) -> nn.GroupNorm:
-    """32 groups, or the most that leave at least four channels each; statistics in float32."""
-    groups = max(g for g in range(1, min(32, max(1, channels // 4)) + 1) if channels % g == 0)
-    return nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+    """GroupNorm of `group_count` groups, with statistics in float32."""
+    return nn.GroupNorm(group_count(channels), epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
 class ResBlock(nn.Module):
@@ -112,6 +116,17 @@ class UNet(nn.Module):
     def num_skips(self) -> int:
         """Long skip connections."""
         return len(self.skip_levels)
+
+    @property
+    def merge_widths(self) -> tuple[tuple[int, int], ...]:
+        """Channels of the decoder's and of the skip's feature where they are merged, index 0 the outermost skip."""
+        widths = [self.channels * multiplier for multiplier in self.multipliers]
+        skips, decoded = [self.channels], [widths[-1]]
+        for level, width in enumerate(widths):
+            skips += [width] * (self.blocks + (level + 1 < len(widths)))
+        for width in reversed(widths):
+            decoded += [width] * (self.blocks + 1)
+        return tuple(zip(reversed(decoded[:-1]), skips, strict=True))
 
     @nn.compact
     def __call__(
