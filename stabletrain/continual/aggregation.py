@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stabletrain.continual.aggregators.gram_weights import Aggregator, make_aggregator
 from stabletrain.continual.baselines import RULES
 from stabletrain.continual.config import ContinualConfig, filled
 
@@ -43,11 +44,13 @@ class Aggregation:
         self.width = width
         self._memory = config.gradient_memory
         self._rule = RULES.get(self.name)
-        self._aggregator: Any = None
+        self._aggregator: Aggregator | None = None
         if self._rule is None:
-            from stabletrain.continual.aggregators import AGGREGATORS
-
-            self._aggregator = AGGREGATORS[self.name]
+            self._aggregator = make_aggregator(
+                self.name,
+                alpha=10.0 if config.decomposition_alpha is None else config.decomposition_alpha,
+                scale=config.aggregator_scale or "min",
+            )
 
     def init(self) -> Any:
         """What the aggregator remembers before the first step; {} for a rule."""
@@ -71,6 +74,7 @@ class Aggregation:
         def weigh(losses: Array, gram: Array) -> tuple[Array, Any]:
             if self._rule is not None:
                 return self._rule(gram, losses, current, memory), state
+            assert self._aggregator is not None
             # By identity, which is unique among the slots that are on; the others fall off the end.
             place = jnp.where(on, identity, self.width)
             rows = jnp.zeros((self.width, self.width)).at[place[:, None], place[None, :]].set(gram, mode="drop")

@@ -362,7 +362,7 @@ def resolve(config: ContinualConfig) -> ContinualConfig:
     if whole.aggregator in ("spcl", "spcl-released"):
         chosen |= {"decomposition_alpha": 10.0}
     if whole.aggregator in SCALED:
-        chosen |= {"aggregator_scale": "min"}
+        chosen |= {"aggregator_scale": "rmse" if whole.aggregator == "spcl" else "min"}
     if whole.distill_weight:
         chosen |= {"replay_weight": 0.0}
     if whole.orthogonality != "none":

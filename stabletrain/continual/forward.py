@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from stabletrain.continual.config import ContinualConfig, filled
 from stabletrain.continual.networks import Layer, Network, chosen_layers, kernel_of
 from stabletrain.errors import ConfigError
+from stabletrain.methods import spcl
 
 Array = jax.Array
 Params = Any
@@ -57,8 +58,6 @@ class LayerRegularizer:
 
 def layer_loss(kind: str, kernel: Array, layer: Layer) -> Array:
     """The loss of one layer. Dense layers and 1x1 shortcuts have the smaller Gram matrix's, whatever the kind."""
-    from stabletrain.methods import spcl
-
     if kernel.ndim == 2 or kernel.shape[:2] == (1, 1):
         return spcl.dense_orthogonality(kernel.reshape(kernel.shape[-2:]))
     return spcl.conv_orthogonality(kernel, layer.stride, mode=kind)

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 AGGREGATOR_NAMES = (
-    "sum", "mean", "norm", "mgda", "nmgda", "pcgrad", "graddrop", "gradvac", "cagrad", "nash-mtl", "imtl-g",
-    "aligned-mtl", "upgrad", "dualproj", "config", "rlw", "dwa", "gradnorm", "uw", "maxdo", "emgd", "spcl",
-    "spcl-released",
+    "sum", "mean", "norm", "mgda", "nmgda", "pcgrad", "gradvac", "cagrad", "imtl-g", "aligned-mtl", "upgrad",
+    "dualproj", "config", "rlw", "dwa", "spcl", "spcl-released",
 )  # fmt: skip
-"""`stabletrain.continual.aggregators.AGGREGATORS` by name: the memory is one task more."""
+"""`stabletrain.continual.aggregators.gram_weights.AGGREGATORS` by name: the memory is one task more."""
 
 REHEARSAL_RULE_NAMES = ("current", "er", "replay-sum", "agem", "gem", "mega", "mega-released")
 """`stabletrain.continual.baselines.RULES` by name: the mean gradient of the active tasks against the memory's."""
@@ -36,10 +35,8 @@ _MTL = {
     "mgda": "MGDA: shortest convex combination (Desideri 2012; Sener and Koltun 2018).",
     "nmgda": "MGDA with weights from unit gradients.",
     "pcgrad": "PCGrad: projects conflicting gradients on each other's normal planes (Yu et al. 2020).",
-    "graddrop": "GradDrop: keeps one sign per component, at random (Chen et al. 2020).",
     "gradvac": "GradVac: aligns cosines with their running means (Wang et al. 2021).",
     "cagrad": "CAGrad: best worst-task progress near the mean gradient (Liu et al. 2021).",
-    "nash-mtl": "Nash-MTL: the bargaining solution (Navon et al. 2022).",
     "imtl-g": "IMTL-G: equal projections on all gradients (Liu et al. 2021).",
     "aligned-mtl": "Aligned-MTL: condition number 1 (Senushkin et al. 2023).",
     "upgrad": "UPGrad: mean of gradients projected on the dual cone (Quinton and Rey 2024).",
@@ -47,10 +44,6 @@ _MTL = {
     "config": "ConFIG: equal cosines with all gradients (Liu et al. 2024).",
     "rlw": "Random loss weights (Lin et al. 2022).",
     "dwa": "DWA: weights from the rates of the losses (Liu et al. 2019).",
-    "gradnorm": "GradNorm: weights that balance norms and rates (Chen et al. 2018).",
-    "uw": "Uncertainty weights (Kendall et al. 2018).",
-    "maxdo": "MaxDO, asymmetric gradient distance, of parallel continual learning.",
-    "emgd": "EMGD, elastic multi-gradient descent, of parallel continual learning.",
 }  # fmt: skip
 
 _FORWARD = {"orthogonality": "dbt", "orthogonality_weight": 1e-3}

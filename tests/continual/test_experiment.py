@@ -129,7 +129,7 @@ def test_the_number_of_devices_does_not_change_the_course():
 
 
 def test_a_run_tells_its_metrics_and_pictures(tmp_path: Path):
-    outcome = run(tmp_path / "run", measure_every=7)
+    outcome = run(tmp_path / "run", measure_every=7, hidden=(64,), learning_rate=0.01)
     metrics = outcome.metrics
     own, final = metrics["eval/accuracy_own_end_class"], metrics["eval/accuracy_final_class"]
     assert metrics["eval/accuracy_change_class"] == pytest.approx(final - own)

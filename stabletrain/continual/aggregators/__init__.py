@@ -1,0 +1,1 @@
+"""Gradient aggregators: several gradients become one update."""
