@@ -20,13 +20,24 @@ def _gan() -> Family:
     return FAMILY
 
 
+def _continual() -> Family:
+    from stabletrain.continual.family import FAMILY
+
+    return FAMILY
+
+
 def _nnip() -> Family:
     from stabletrain.nnip.family import FAMILY
 
     return FAMILY
 
 
-FAMILIES: dict[str, Callable[[], Family]] = {"diffusion": _diffusion, "gan": _gan, "nnip": _nnip}
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "diffusion": _diffusion,
+    "gan": _gan,
+    "continual": _continual,
+    "nnip": _nnip,
+}
 
 
 def family_called(name: str, where: str) -> Family:
