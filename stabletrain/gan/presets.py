@@ -74,6 +74,12 @@ SMALL: Values = {
 Without spectral normalisation, which tames the norms whose growth this family watches.
 """
 
+SMALL_CONVOLUTIONAL: Values = {
+    "generator_width": 16, "discriminator_width": 16, "steps": 1500, "generator_lr": 2e-4, "discriminator_lr": 2e-4,
+    "beta1": 0.5, "beta2": 0.999, "ema_decay": 0.99, "discriminator_norm": "none",
+}  # fmt: skip
+"""Beyond `SMALL`, for the methods that are a convolutional network."""
+
 # --- the methods ------------------------------------------------------------------------------------------------------
 
 _SPECTRAL = {"generator_spectral": True, "discriminator_spectral": True}
@@ -120,7 +126,7 @@ PRESETS: dict[str, Preset] = {
     "sagan": Preset(
         "SAGAN: self-attention, spectral normalisation of both networks (Zhang et al. 2019).",
         {**_HINGE, "conditioning": "projection", **_SPECTRAL}, "sagan", RESNET_CIFAR,
-        {"generator_spectral": True, "discriminator_spectral": True},
+        {**SMALL_CONVOLUTIONAL, **_SPECTRAL},
     ),
     "biggan": Preset(
         "BigGAN: projection, shared class embedding, orthogonal start (Brock et al. 2019).",
@@ -183,7 +189,7 @@ PRESETS: dict[str, Preset] = {
         "DCGAN: the non-saturating loss (Radford et al. 2016).",
         {"adversarial": "non-saturating", "conditioning": "none", "generator_spectral": False,
          "discriminator_spectral": False},
-        "dcgan", {**RESNET_CIFAR, "d_steps": 1},
+        "dcgan", {**RESNET_CIFAR, "d_steps": 1}, SMALL_CONVOLUTIONAL,
     ),
 }  # fmt: skip
 """Every method, by the name that `--method` takes; the first is the default."""
