@@ -165,7 +165,7 @@ PRESETS: dict[str, Preset] = {
         "WGAN-GP: Wasserstein critic with a gradient penalty (Gulrajani et al. 2017).",
         {"adversarial": "wasserstein", "conditioning": "none", "gradient_penalty": 10.0,
          "generator_spectral": False, "discriminator_spectral": False},
-        "sngan",
+        "wgan-gp-resnet",
         {"batch_size": 64, "steps": 100_000, "d_steps": 5, "generator_lr": 2e-4, "discriminator_lr": 2e-4,
          "beta1": 0.0, "beta2": 0.9, "adam_epsilon": 1e-8, "lr_decay": "linear", "ema_decay": 0.0},
         {"d_steps": 5, "generator_lr": 1e-4, "discriminator_lr": 1e-4, "beta2": 0.9},

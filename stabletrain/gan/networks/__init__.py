@@ -76,6 +76,11 @@ def _accepted(options: NetworkOptions) -> None:
     del options
 
 
+def _any_size(size: int) -> Mapping[str, Any]:
+    del size
+    return {}
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """A pair of networks as the configuration knows it. The builders import JAX when they are called."""
@@ -87,6 +92,8 @@ class NetworkSpec:
     """The fields of `NetworkOptions` beyond shapes, z_dim and widths that change it; giving another one is refused."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of `NetworkOptions` fields where neither the method nor the user says otherwise."""
+    sized: Callable[[int], Mapping[str, Any]] = _any_size
+    """What differs from `defaults` for images of so many pixels along a side (0: not known yet)."""
     convolutional: bool = True
     """Convolutions inside a loop are slow on a CPU, so inner steps are unrolled there."""
     styles: bool = False
@@ -158,6 +165,24 @@ def _check_resnet101(options: NetworkOptions) -> None:
     check_resnet101(options)
 
 
+def _wgan_gp_resnet_generator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.wgan_gp_resnet import resnet_generator
+
+    return resnet_generator(options)
+
+
+def _wgan_gp_resnet_discriminator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.wgan_gp_resnet import resnet_critic
+
+    return resnet_critic(options)
+
+
+def _check_wgan_gp_resnet(options: NetworkOptions) -> None:
+    from stabletrain.gan.networks.wgan_gp_resnet import check_wgan_gp_resnet
+
+    check_wgan_gp_resnet(options)
+
+
 def _random_generator(options: NetworkOptions) -> Any:
     from stabletrain.gan.networks.random_architecture import random_generator
 
@@ -194,7 +219,138 @@ def _check_text(options: NetworkOptions) -> None:
     check_text(options)
 
 
+def _dcgan_generator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.dcgan import DCGANGenerator
+
+    return DCGANGenerator(options)
+
+
+def _dcgan_discriminator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.dcgan import DCGANDiscriminator
+
+    return DCGANDiscriminator(options)
+
+
+def _check_images(options: NetworkOptions) -> None:
+    from stabletrain.gan.networks.blocks import check_images
+
+    check_images(options)
+
+
+def _resnet_generator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.resnet import ResNetGenerator
+
+    return ResNetGenerator(options)
+
+
+def _resnet_discriminator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.resnet import ResNetDiscriminator
+
+    return ResNetDiscriminator(options)
+
+
+def _check_resnet(options: NetworkOptions) -> None:
+    from stabletrain.gan.networks.resnet import check_resnet
+
+    check_resnet(options)
+
+
+def _biggan_generator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.biggan import BigGANGenerator
+
+    return BigGANGenerator(options)
+
+
+def _check_biggan(options: NetworkOptions) -> None:
+    from stabletrain.gan.networks.biggan import check_biggan
+
+    check_biggan(options)
+
+
+def _deep_generator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.biggan_deep import DeepGenerator
+
+    return DeepGenerator(options)
+
+
+def _deep_discriminator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.biggan_deep import DeepDiscriminator
+
+    return DeepDiscriminator(options)
+
+
+def _check_deep(options: NetworkOptions) -> None:
+    from stabletrain.gan.networks.biggan_deep import check_biggan_deep
+
+    check_biggan_deep(options)
+
+
+_ATTENTION: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    8: ((1,), (1,)), 16: ((2,), (1,)), 32: ((2,), (1,)), 64: ((3,), (1,)), 128: ((4,), (1,)), 256: ((5,), (2,)),
+}  # fmt: skip
+"""Blocks of generator and discriminator that attention follows: 16 to 64 pixels from 32 on, as BigGAN has it."""
+
+
+def _attention_sized(size: int) -> Mapping[str, Any]:
+    generator, discriminator = _ATTENTION.get(size, ((), ()))
+    return {"generator_attention": generator, "discriminator_attention": discriminator}
+
+
+def _biggan_sized(size: int) -> Mapping[str, Any]:
+    parts = {8: 2, 16: 3, 32: 4, 64: 5, 128: 6, 256: 7}.get(size)  # 20 numbers of the latent for each
+    widths = {64: 80}.get(size, 96)
+    sized = {**_attention_sized(size), "generator_width": widths, "discriminator_width": widths}
+    return {**sized, "z_dim": 20 * parts} if parts else sized
+
+
+_CONVOLUTIONAL = frozenset({"generator_spectral", "discriminator_spectral", "generator_norm", "discriminator_norm"})
+_ATTENTIVE = frozenset({"generator_attention", "discriminator_attention"})
+_RESIDUAL = _CONVOLUTIONAL | _ATTENTIVE | {"inplace_relu"}
+
 NETWORKS: dict[str, NetworkSpec] = {
+    "dcgan": NetworkSpec(
+        help="Transposed and strided convolutions, for images of 8 to 256 pixels.",
+        generator=_dcgan_generator,
+        discriminator=_dcgan_discriminator,
+        follows=_CONVOLUTIONAL,
+        defaults={"z_dim": 128, "generator_width": 64, "discriminator_width": 64},
+        check=_check_images,
+    ),
+    "sngan": NetworkSpec(
+        help="Residual networks of SNGAN, for images of 8 to 256 pixels.",
+        generator=_resnet_generator,
+        discriminator=_resnet_discriminator,
+        follows=_RESIDUAL,
+        defaults={"z_dim": 128, "generator_width": 64, "discriminator_width": 64},
+        check=_check_resnet,
+    ),
+    "sagan": NetworkSpec(
+        help="SNGAN's with self-attention.",
+        generator=_resnet_generator,
+        discriminator=_resnet_discriminator,
+        follows=_RESIDUAL,
+        defaults={"z_dim": 128, "generator_width": 64, "discriminator_width": 64},
+        sized=_attention_sized,
+        check=_check_resnet,
+    ),
+    "biggan": NetworkSpec(
+        help="Residual networks with a shared class embedding and a latent in parts.",
+        generator=_biggan_generator,
+        discriminator=_resnet_discriminator,
+        follows=_RESIDUAL | {"shared_dim"},
+        defaults={"z_dim": 120, "generator_width": 96, "discriminator_width": 96, "shared_dim": 128},
+        sized=_biggan_sized,
+        check=_check_biggan,
+    ),
+    "biggan-deep": NetworkSpec(
+        help="BigGAN with bottleneck blocks, --depth of them per resolution.",
+        generator=_deep_generator,
+        discriminator=_deep_discriminator,
+        follows=_RESIDUAL | {"shared_dim", "depth"},
+        defaults={"z_dim": 128, "generator_width": 128, "discriminator_width": 128, "shared_dim": 128, "depth": 2},
+        sized=_attention_sized,
+        check=_check_deep,
+    ),
     "mlp": NetworkSpec(
         help="Fully connected, for images of up to 32 pixels and for points.",
         generator=_mlp_generator,
@@ -217,6 +373,14 @@ NETWORKS: dict[str, NetworkSpec] = {
         follows=frozenset({"generator_norm", "discriminator_norm", "scan_blocks", "remat"}),
         defaults={"z_dim": 128, "generator_width": 64, "discriminator_width": 64},
         check=_check_resnet101,
+    ),
+    "wgan-gp-resnet": NetworkSpec(
+        help="Residual networks of WGAN-GP on CIFAR-10, for images of 16, 32, 64, ... pixels.",
+        generator=_wgan_gp_resnet_generator,
+        discriminator=_wgan_gp_resnet_discriminator,
+        follows=frozenset({"generator_norm"}),
+        defaults={"z_dim": 128, "generator_width": 128, "discriminator_width": 128},
+        check=_check_wgan_gp_resnet,
     ),
     "random": NetworkSpec(
         help="One of 9,216 random architectures (--architecture), for images of 8 to 32 pixels.",
