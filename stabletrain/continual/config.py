@@ -199,6 +199,8 @@ def _problems(config: ContinualConfig) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} does nothing without --orthogonality (--method {config.method} has none)"
     if whole.orthogonality_layers == "first-of-block" and network != "resnet18":
         yield f"--orthogonality-layers first-of-block names no layer of --network {network}, which has no blocks"
+    if config.norm == "none" and config.norm_epsilon:
+        yield "--norm-epsilon does nothing with --norm none"
     if config.norm in ("none", "group") and (config.norm_momentum or config.statistics):
         yield f"--norm-momentum and --statistics are of batch statistics, and --norm {config.norm} has none"
     if config.statistics == "batch" and network == "mlp":
@@ -349,16 +351,17 @@ def resolve(config: ContinualConfig) -> ContinualConfig:
     chosen |= {name: of_data[name] for name in ("batch_size", "memory_per_class")}
     chosen["tasks"] = 0 if fixed else of_data["tasks"]
     chosen.setdefault("learning_rate", 5e-4)
-    if network != "mlp":
-        chosen |= {"norm_momentum": 0.99, "norm_epsilon": 1e-3}
+    norm = whole.norm or chosen.get("norm", "none")
+    if norm == "batch":
+        chosen |= {"norm_momentum": 0.99, "statistics": "running"}
+    if norm != "none":
+        chosen["norm_epsilon"] = 1e-3
     if whole.timeline == "staggered":
         chosen["overlap"] = 0.5
     if config.optimizer == "adam":
         chosen |= {"beta1": 0.9, "beta2": 0.999, "adam_epsilon": 1e-7}
     else:
         chosen["momentum"] = 0.0
-    if network != "mlp" and (whole.norm or chosen["norm"]) == "batch":
-        chosen["statistics"] = "running"
     if whole.aggregator in ("spcl", "spcl-released"):
         chosen |= {"decomposition_alpha": 10.0}
     if whole.aggregator in SCALED:

@@ -19,6 +19,14 @@ def test_every_method_resolves_and_resolving_again_changes_nothing(method):
         assert getattr(whole, name) == value
 
 
+@pytest.mark.parametrize("norm", ["none", "batch", "group"])
+@pytest.mark.parametrize("network", ["conv", "resnet18"])
+def test_every_normalisation_resolves(network, norm):
+    whole = resolve(make_config(ContinualConfig, {"network": network, "norm": norm}))
+    assert resolve(whole) == whole
+    assert (whole.statistics is None) == (norm != "batch")
+
+
 def test_presets_name_options_only():
     for preset in PRESETS.values():
         assert set(preset.values) <= set(fields_of(ContinualConfig))
