@@ -24,6 +24,7 @@ from stabletrain.cli.help import SETTINGS, PanelCommand, PanelGroup, help_if_alo
 from stabletrain.cli.text import print_json
 from stabletrain.cli.train import family_command, is_out_of_memory
 from stabletrain.errors import EXIT_FAILURE, EXIT_USAGE, Interrupted, StableTrainError
+from stabletrain.nnip.simulate import simulate_command
 
 PROGRAM = "stabletrain"
 TRAIN, RUNS, SETUP = "Train", "Look at runs, and use them", "Data and this machine"
@@ -60,6 +61,7 @@ def build_app(*, names_command: bool = False) -> typer.Typer:
     app.command("show", cls=PanelCommand, rich_help_panel=RUNS)(runs.show)
     app.command("sample", cls=PanelCommand, rich_help_panel=RUNS)(sample.sample_command())
     app.command("evaluate", cls=PanelCommand, rich_help_panel=RUNS)(sample.evaluate_command())
+    app.command("simulate", cls=PanelCommand, rich_help_panel=RUNS)(simulate_command)
     app.command("compare", cls=PanelCommand, rich_help_panel=RUNS)(compare.compare)
     app.command("report", cls=PanelCommand, rich_help_panel=RUNS)(compare.report)
     app.command("table", cls=PanelCommand, rich_help_panel=RUNS)(table.table)
