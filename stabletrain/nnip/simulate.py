@@ -189,7 +189,7 @@ def _benchmark_at(
         if not np.array_equal(other.potential.system.species, system.species):
             raise ConfigError(f"{other.path} is of other atoms than {first.path}")
     observables = static_observables(system)
-    reference = first.train_positions[:2000].astype(np.float32)
+    reference = first.test_positions[:2000].astype(np.float32)
     thresholds = default_thresholds(system, evaluation=True)
     rdfs: tuple[Any, ...] = ()
     curves = {}
@@ -199,7 +199,7 @@ def _benchmark_at(
     else:
         thresholds = dataclasses.replace(thresholds, bond_deviation=bond_deviation)
     criteria = Criteria(
-        system, thresholds, Reference(mean_bond_lengths(system, reference), curves), conditions.temperature,
+        system, thresholds, Reference(mean_bond_lengths(system, first.train_positions.astype(np.float32)), curves), conditions.temperature,
         conditions.freedom(system), rdfs,
     )  # fmt: skip
     chosen = np.linspace(0, len(first.test_positions) - 1, replicas).round().astype(int)

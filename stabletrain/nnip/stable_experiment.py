@@ -53,7 +53,8 @@ Array = jax.Array
 HISTORY = 32
 """Earlier window starts that are kept for random restarts; older ones are forgotten."""
 REFERENCE_FRAMES = 2000
-"""Training frames, at most and evenly spread, that the observables' references are taken over."""
+"""Frames, at most, that an observable's reference is taken over: of the training set, evenly spread, for what is
+learnt; of the test set for what is reported."""
 WINDOW_STREAM, CHOICE_STREAM, LEARNING_STREAM = 0, 1, 2
 """What a step's key is folded with for the dynamics, the restarts, and the estimator's shuffling."""
 
@@ -544,7 +545,7 @@ class StableExperiment:
         return 1e3 * energy_error / self.test.energies.size, 1e3 * force_error / self.test.forces.size
 
     def _benchmark(self, params: Params, label: str, context: EvaluationContext) -> BenchmarkResult:
-        """Simulations from test structures, judged by the evaluation's thresholds."""
+        """Simulations from test structures, judged by the evaluation's thresholds; observables against test frames."""
         config = self.config
         thresholds = default_thresholds(self.system, evaluation=True)
         if thresholds.bond_deviation is not None:
@@ -556,7 +557,7 @@ class StableExperiment:
             self.test.positions[chosen],
             self._criteria_of(thresholds),
             static_observables(self.system),
-            np.asarray(self._reference_frames),
+            self.test.positions[:REFERENCE_FRAMES].astype(np.float32),
             length=config.benchmark_time,
             key=jax.random.key(config.seed + 1),
             tick=lambda done, total: context.tick(label, done, total),
