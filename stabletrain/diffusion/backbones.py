@@ -26,6 +26,7 @@ def _uvit(config: DiffusionConfig, shape: tuple[int, int, int], common: Mapping[
         width=config.width,
         depth=config.depth,
         heads=config.heads,
+        gate_form=config.gate or "token",
         **common,
     )
 

@@ -14,7 +14,20 @@ from stabletrain.errors import ConfigError
 from stabletrain.metrics.score_config import ScoreConfig, chosen_extractor, score_problems
 from stabletrain.training.config import fields_of, option, replace
 
-BACKBONE_NAMES = ("unet", "uvit", "mlp")
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "uvit-s2": {"backbone": "uvit", "width": 512, "depth": 12, "heads": 8, "patch_size": 2},
+    "uvit-s2-deep": {"backbone": "uvit", "width": 512, "depth": 16, "heads": 8, "patch_size": 2},
+    "uvit-s4": {"backbone": "uvit", "width": 512, "depth": 12, "heads": 8, "patch_size": 4},
+    "uvit-m4": {"backbone": "uvit", "width": 768, "depth": 16, "heads": 12, "patch_size": 4},
+    "uvit-l4": {"backbone": "uvit", "width": 1024, "depth": 20, "heads": 16, "patch_size": 4},
+    "unet-ddpm": {
+        "backbone": "unet", "width": 128, "depth": 2, "channel_multipliers": (1, 2, 2, 2), "attention": (16,),
+        "heads": 1,
+    },
+}  # fmt: skip
+"""Published networks by name (Bao et al. 2023, Tables 1 and 6; Ho et al. 2020): what `--backbone` stands for."""
+
+BACKBONE_NAMES = ("unet", "uvit", "mlp", *PUBLISHED)
 SKIP_SCALING_NAMES = ("none", "sqrt2", "cs", "ls", "ls-per-skip", "const", "mp-cat", "layernorm", "learned-scalar")
 PROCESS_NAMES = ("vp-sde", "ddpm-linear", "ddpm-cosine", "edm")
 SAMPLER_NAMES = (
@@ -42,7 +55,7 @@ class DiffusionConfig(ScoreConfig):
 
     backbone: str = option(
         "unet",
-        "Network: DDPM's UNet, U-ViT, or the MLP of ScaleLong's theorems.",
+        "Network: DDPM's UNet, U-ViT, the MLP of ScaleLong's theorems, or a published size of one of them.",
         panel=NETWORK,
         choices=BACKBONE_NAMES,
     )
@@ -58,6 +71,13 @@ class DiffusionConfig(ScoreConfig):
         "UNet with cs: the exponent counts skips or resolution levels.",
         panel=NETWORK,
         choices=("per-skip", "per-level"),
+    )
+    gate: str | None = option(
+        None,
+        "uvit with ls or ls-per-skip: the paper's gate, which ties the network to its number of tokens, or one over "
+        "64 stretches of the tokens, for any image size.",
+        panel=NETWORK,
+        choices=("token", "pooled"),
     )
     width: int = option(
         0, "Channels of the first level (unet) or features per token (uvit, mlp).", panel=NETWORK, minimum=0
@@ -153,8 +173,27 @@ class DiffusionConfig(ScoreConfig):
 
     def check(self) -> None:
         """Raises: `ConfigError` for options that contradict each other or would do nothing."""
-        for problem in _problems(self):
+        for problem in _problems(named_network(self)):
             raise ConfigError(problem)
+
+
+def named_network(config: DiffusionConfig) -> DiffusionConfig:
+    """The configuration with a published network's name spelled out as options.
+
+    Raises: `ConfigError` where an option of that network was given another value.
+    """
+    values = PUBLISHED.get(config.backbone)
+    if values is None:
+        return config
+    for name, value in values.items():
+        given = getattr(config, name)
+        if name != "backbone" and not is_open(config, name) and given != value:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} {given} is not that of {config.backbone}, which has {value}: "
+                f"use --backbone {values['backbone']}"
+            )
+    return replace(config, **values)
 
 
 # --- what makes no sense ----------------------------------------------------------------------------------------------
@@ -166,6 +205,7 @@ ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "attention": ("unet",),
     "dropout": ("unet",),
     "kappa_indexing": ("unet",),
+    "gate": ("uvit",),
 }
 """Options that only some backbones have."""
 
@@ -206,6 +246,8 @@ def _scaling_problems(config: DiffusionConfig) -> Iterator[str]:
             yield f"--kappa does nothing with --skip-scaling {config.skip_scaling}: it belongs to {owners}"
         if not 0 < config.kappa <= 1:
             yield f"kappa is {config.kappa}, but must be above 0 and at most 1: it damps the deeper skips"
+    if config.gate is not None and config.skip_scaling not in ("ls", "ls-per-skip"):
+        yield f"--gate does nothing with --skip-scaling {config.skip_scaling}: it belongs to ls and ls-per-skip"
     if config.kappa_indexing is not None and config.skip_scaling != "cs":
         yield f"--kappa-indexing does nothing with --skip-scaling {config.skip_scaling}: it belongs to cs"
 
@@ -307,9 +349,9 @@ THEOREM_MLP: dict[str, Any] = {
 SMALL_IMAGES = 16
 
 
-def _network_values(config: DiffusionConfig, image_size: int) -> dict[str, Any]:
-    """Size and training of the backbone: the paper's, or small for small images."""
-    small = 0 < image_size <= SMALL_IMAGES
+def _network_values(config: DiffusionConfig, image_size: int, published: bool) -> dict[str, Any]:
+    """Size and training of the backbone: the paper's, or small for small images unless it has a published size."""
+    small = 0 < image_size <= SMALL_IMAGES and not published
     if config.backbone == "mlp":
         # Two devices halve its products of 64 x 128 x 128, but then wait for each other a hundred times a step.
         return THEOREM_MLP | {"devices": 1}
@@ -333,6 +375,8 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
     Options that do not apply (kappa where nothing is scaled by it) stay unset; `image_size` and `patch_size` stay 0,
     "as the data are" and "a sixteenth of that", for the user's own data. Raises: `ConfigError` as `check` does.
     """
+    published = config.backbone in PUBLISHED
+    config = named_network(config)
     own_data = config.data is not None and config.dataset == "digits"  # under no known name
     info = None if own_data else CATALOGUE.get(config.dataset)
     image_size = config.image_size or (info.image_size if info else 0)
@@ -351,7 +395,8 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
         "label_dropout": 0.1 if conditional else 0.0,
         "guidance": (1.0 if config.label_dropout == 0 else 1.5) if conditional else None,
         "kappa": 0.7 if config.skip_scaling in TAKES_KAPPA else None,
-        **_network_values(config, image_size),
+        "gate": "token" if config.backbone == "uvit" and config.skip_scaling in ("ls", "ls-per-skip") else None,
+        **_network_values(config, image_size, published),
     }
     if config.skip_scaling != "cs":
         chosen.pop("kappa_indexing", None)
@@ -361,7 +406,10 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
         chosen["warmup_steps"] = min(chosen["warmup_steps"], config.steps // 10)
     if config.ema_decay == 0:
         chosen["ema_ramp"] = False
-    return replace(config, **{name: value for name, value in chosen.items() if is_open(config, name)})
+    resolved = replace(config, **{name: value for name, value in chosen.items() if is_open(config, name)})
+    if published:  # its patches, levels and attention may not fit the data's size
+        resolved.check()
+    return resolved
 
 
 def is_open(config: DiffusionConfig, name: str) -> bool:

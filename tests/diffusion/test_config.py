@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from stabletrain.diffusion.backbones import BACKBONES
+from stabletrain.diffusion.backbones import BACKBONES, build_network
 from stabletrain.diffusion.config import (
     BACKBONE_NAMES,
     ONLY_FOR,
     PROCESS_NAMES,
+    PUBLISHED,
     SAMPLER_NAMES,
     SKIP_SCALING_NAMES,
     TAKES_KAPPA,
@@ -32,7 +35,7 @@ def configured(**values) -> DiffusionConfig:
 
 def test_choices_are_those_of_the_code():
     """The names are written out in the configuration, which must not import JAX; here both lists meet."""
-    assert set(BACKBONE_NAMES) == set(BACKBONES)
+    assert set(BACKBONE_NAMES) == {*BACKBONES, *PUBLISHED}
     assert set(SKIP_SCALING_NAMES) == set(SKIP_SCALINGS)
     assert set(PROCESS_NAMES) == set(PROCESSES)
     assert set(SAMPLER_NAMES) == set(SAMPLERS)
@@ -41,7 +44,7 @@ def test_choices_are_those_of_the_code():
 
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10", "celeba64", "imagenet64"])
-@pytest.mark.parametrize("backbone", BACKBONE_NAMES)
+@pytest.mark.parametrize("backbone", ["unet", "uvit", "mlp"])
 @pytest.mark.parametrize("scaling", SKIP_SCALING_NAMES)
 def test_a_resolved_config_leaves_nothing_open_that_applies(dataset, backbone, scaling):
     config = resolve(configured(dataset=dataset, backbone=backbone, skip_scaling=scaling))
@@ -49,7 +52,8 @@ def test_a_resolved_config_leaves_nothing_open_that_applies(dataset, backbone, s
     for name in ("steps", "image_size", "width", "depth", "learning_rate"):
         assert values[name] > 0, name
     not_applicable = {
-        "data", "best_metric", "inception", "kappa_indexing", "churn", *(() if scaling in TAKES_KAPPA else ("kappa",)),
+        "data", "best_metric", "inception", "kappa_indexing", "churn", "gate",
+        *(() if scaling in TAKES_KAPPA else ("kappa",)),
         *(() if config.class_conditional else ("guidance",)),
         *(name for name, backbones in ONLY_FOR.items() if backbone not in backbones),
     }  # fmt: skip
@@ -192,3 +196,55 @@ def test_family_and_config_import_no_jax():
         "sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- published networks by name ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dataset", "count"),
+    [
+        ("uvit-s2", "cifar10", 44_255_328),
+        ("uvit-s2-deep", "cifar10", 57_908_320),
+        ("uvit-s4", "celeba64", 44_292_228),
+        # published with 1,000 embeddings; trained with hidden labels ours has one more, of the network's width
+        ("uvit-m4", "imagenet64", 130_940_292 + 768),
+        ("uvit-l4", "imagenet64", 286_827_652 + 1024),
+        ("unet-ddpm", "cifar10", 35_746_307),
+    ],
+)
+def test_a_published_name_builds_the_published_network(backbone, dataset, count):
+    conditional = dataset == "imagenet64"
+    config = resolve(configured(backbone=backbone, dataset=dataset, class_conditional=conditional))
+    assert config.backbone in BACKBONES
+    assert resolve(config) == config
+    size, classes = config.image_size, 1000 if conditional else 0
+    network = build_network(config, (size, size, 3), num_classes=classes, dtype=None)
+    labels = jnp.zeros(1, jnp.int32) if classes else None
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros(1), labels)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_a_published_name_keeps_the_paper_s_training_on_small_images_too():
+    assert resolve(configured(backbone="uvit-s2")).learning_rate == 2e-4
+    assert resolve(configured(backbone="uvit")).learning_rate == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"backbone": "uvit-s2", "width": 96}, "--width 96 is not that of uvit-s2, which has 512: use --backbone uvit"),
+        ({"backbone": "uvit-s2", "attention": (4,)}, "--attention does nothing with --backbone uvit"),
+        ({"backbone": "unet-ddpm", "dataset": "digits"}, "--attention 16 names no feature map"),
+        ({"backbone": "uvit-s2", "gate": "pooled"}, "--gate does nothing with --skip-scaling none"),
+    ],
+)
+def test_what_a_published_network_is_not_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(configured(**values))
+
+
+def test_the_pooled_gate_reaches_the_network():
+    config = resolve(configured(backbone="uvit", skip_scaling="ls", gate="pooled"))
+    assert build_network(config, (8, 8, 1), num_classes=0, dtype=None).gate_form == "pooled"
+    assert resolve(configured(backbone="uvit", skip_scaling="ls")).gate == "token"
