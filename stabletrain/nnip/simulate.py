@@ -198,10 +198,15 @@ def _benchmark_at(
         curves = {o.name: np.asarray(o.of_frames(jax.numpy.asarray(reference))).mean(axis=0) for o in rdfs}
     else:
         thresholds = dataclasses.replace(thresholds, bond_deviation=bond_deviation)
+    lengths = mean_bond_lengths(system, first.train_positions.astype(np.float32))
     criteria = Criteria(
-        system, thresholds, Reference(mean_bond_lengths(system, first.train_positions.astype(np.float32)), curves), conditions.temperature,
-        conditions.freedom(system), rdfs,
-    )  # fmt: skip
+        system,
+        thresholds,
+        Reference(lengths, curves),
+        conditions.temperature,
+        conditions.freedom(system),
+        rdfs,
+    )
     chosen = np.linspace(0, len(first.test_positions) - 1, replicas).round().astype(int)
     starts = first.test_positions[chosen]
     simulators: dict[str, tuple[Any, Any]] = {
