@@ -59,9 +59,7 @@ def test_demo_makes_digits_that_a_classifier_recognises(tmp_path):
     judged = stabletrain("evaluate", str(run), "--eval-samples", "60", "--scores", "kd,pr", "--quiet")
     assert {name.split("_")[0] for name in judged["metrics"]} >= {"eval/kd60", "eval/precision60", "eval/recall60"}
     assert "eval/fd300_test_digits-classifier_ema" in metrics
-    assert "eval/label_agreement_60" in " ".join(
-        judged["metrics"]
-    )
+    assert "eval/label_agreement_60" in " ".join(judged["metrics"])
     protocol = json.loads((run / "eval" / "protocol-00000400.json").read_text())
     assert (protocol["num_samples"], protocol["weights"], protocol["scores"]) == (300, "ema", ["fd"])
 

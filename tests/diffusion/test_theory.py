@@ -118,6 +118,7 @@ def test_ten_of_the_twelve_decoders_of_ddpm_have_groups_that_do_not_straddle():
     assert group_count(384) == 32
 
 
+@pytest.mark.slow
 def test_group_norm_cancels_a_constant_coefficient_exactly_where_its_groups_are_aligned():
     network = UNet(1, 16, (1,), 1, (), epsilon=0.0)
     found = laboratory.cancellation(network, 0.5, seeds=1, seed=0)
