@@ -256,7 +256,7 @@ def _parts(config: GanConfig) -> dict[str, Any]:
             f"--method {config.method} is made for a network {network!r}, which this version does not have: name "
             f"another with --network ({', '.join(NETWORKS)})"
         )
-    defaults = NETWORKS[network].defaults
+    defaults = {**NETWORKS[network].defaults, **NETWORKS[network].sized(_image_size(config))}
     training = _training(config)
     parts = {**neutral, **defaults, **training, **PRESETS[config.method].parts}
     if _is_small(config):
