@@ -22,6 +22,7 @@ FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 EMNIST_CHARACTERS = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt")
+BYCLASS_CHARACTERS = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 DIGITS = tuple("0123456789")
 
 
@@ -122,6 +123,14 @@ CATALOGUE: dict[str, DatasetInfo] = {
             "https://www.nist.gov/itl/products-and-services/emnist-dataset",
             put="gzip.zip, or the four emnist-balanced-*-ubyte.gz inside it",
             tfds_name="emnist/balanced", transpose=True,
+        ),
+        DatasetInfo(
+            "emnist-byclass", "EMNIST by class: digits and both cases of all letters in 62 classes", 28, 1, 62,
+            BYCLASS_CHARACTERS, 697_932, 116_323,
+            (OfficialFile("gzip.zip", "58c8d27c78d21e728a6bc7b3cc06412e"),),
+            "https://www.nist.gov/itl/products-and-services/emnist-dataset",
+            put="gzip.zip, or the four emnist-byclass-*-ubyte.gz inside it",
+            tfds_name="emnist/byclass", transpose=True,
         ),
         DatasetInfo(
             "tiny-imagenet", "Tiny-ImageNet, 200 classes at 64x64", 64, 3, 200, (), 100_000, 10_000,

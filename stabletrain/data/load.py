@@ -24,6 +24,9 @@ __all__ = ["Dataset", "list_datasets", "load_dataset"]
 
 TAKEN = "an .npz, an image folder, a zip of one, CIFAR's tar.gz, idx.gz files, or another published layout"
 
+EMNIST_FILES = {"emnist": "emnist-balanced-", "emnist-byclass": "emnist-byclass-"}
+"""One archive holds several splits of EMNIST: how the files of each begin."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -94,7 +97,7 @@ def _read(path: Path, info: DatasetInfo | None, image_size: int | None) -> Loade
     store = FolderStore(path.parent, recursive=False) if kind == "idx" else open_store(path)
     names = {base_name(name) for name in store.sizes}
     if any(archives.IDX_NAME.fullmatch(name) for name in names):
-        wanted = "emnist-balanced-" if info is not None and info.name == "emnist" else ""
+        wanted = EMNIST_FILES.get(info.name, "") if info is not None else ""
         return _from_arrays(archives.read_idx(store, wanted), image_size)
     if any(archives.IMAGENET_BATCH.fullmatch(name) for name in names):
         train, test = archives.read_downsampled_imagenet(store)
