@@ -144,7 +144,8 @@ def test_a_run_tells_its_metrics_and_pictures(tmp_path: Path):
 
 
 def test_single_tasks_alone_are_learned_better_than_together(tmp_path: Path):
-    alone = run(tmp_path / "alone", method="single", timeline="serial", scenario="task").metrics
+    options = {"method": "single", "scenario": "task", "hidden": (64,), "learning_rate": 0.01, "timeline": "serial"}
+    alone = run(tmp_path / "alone", **options).metrics
     assert alone["eval/accuracy_own_end_task"] > 0.8
     assert "eval/accuracy_final_task" not in alone
 
