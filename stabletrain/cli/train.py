@@ -227,7 +227,9 @@ def show_outcome(outcome: Outcome, config: TrainConfig, *, as_json: bool) -> Non
 
     run = read_run(outcome.run_dir)
     shown = shown_path(outcome.run_dir)
-    status = f"{outcome.status} at step {outcome.step:,} of {config.steps:,}"
+    status = f"{outcome.status} at step {outcome.step:,}"
+    if config.steps:  # else the data say how many there are
+        status += f" of {config.steps:,}"
     if seconds := run.record.get("wall_seconds"):
         status += f", {duration(seconds)}"
     if outcome.reason:
