@@ -38,7 +38,6 @@ from stabletrain.continual.schedule import Schedule
 from stabletrain.continual.streams import Streams
 from stabletrain.continual.timeline import make_timeline
 from stabletrain.data.load import load_dataset
-from stabletrain.data.spec import Dataset, DataSpec
 from stabletrain.errors import ConfigError, DataError
 from stabletrain.training.config import replace
 from stabletrain.training.devices import compute_dtype, replicated
@@ -86,21 +85,15 @@ def optimizer_for(config: ContinualConfig) -> optax.GradientTransformation:
 
 
 class ContinualExperiment:
-    """Parallel continual learning on a labelled image data set; see `stabletrain.training.experiment.Experiment`.
-
-    With `data_spec` and no data its weights can be exported, but it can neither train nor be evaluated.
-    """
+    """Parallel continual learning on a labelled image data set; see `stabletrain.training.experiment.Experiment`."""
 
     traceable = True
     batch_axis = 1  # slots come first
 
-    def __init__(self, config: ContinualConfig, *, mesh: Mesh, data_spec: DataSpec | None = None) -> None:
+    def __init__(self, config: ContinualConfig, *, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.dataset: Dataset | None = None
-        if data_spec is None:
-            self.dataset = load_dataset(config.dataset, data=config.data, image_size=config.image_size or None)
-            data_spec = self.dataset.spec
-        self.data_spec = data_spec
+        self.dataset = load_dataset(config.dataset, data=config.data, image_size=config.image_size or None)
+        self.data_spec = data_spec = self.dataset.spec
         if not data_spec.num_classes:
             raise ConfigError(f"data set {data_spec.name!r} has no labels, and tasks are sets of classes")
         self.classes = data_spec.num_classes
@@ -114,14 +107,10 @@ class ContinualExperiment:
         self.regularizer = LayerRegularizer(config, self.network)
         self._key = jax.random.key(config.seed)
         self.inner_steps = 10 if config.network == "mlp" or mesh.devices.flat[0].platform != "cpu" else 1
-        self.examples_per_step = config.batch_size
-        self.resident: dict[str, Array] = {}
-        if self.dataset is not None:
-            self._set_up()
+        self._set_up()
 
     def _set_up(self) -> None:
         """The timeline, the schedule and the resident data. Raises: `DataError` for data that cannot be used."""
-        assert self.dataset is not None
         config, train, test = self.config, self.dataset.train, self.dataset.test
         if train.labels is None or test.labels is None or not len(train) or not len(test):
             raise DataError(f"data set {self.data_spec.name!r} needs labelled training and test images")
@@ -183,7 +172,7 @@ class ContinualExperiment:
 
     def _place(self, images: np.ndarray, labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray) -> None:
         pad = -len(test_images) % min(TEST_CHUNK, len(test_images))
-        self.resident = jax.device_put(
+        self.resident: dict[str, Array] = jax.device_put(
             {
                 "images": images,
                 "labels": labels,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stabletrain.continual.config import ContinualConfig, resolve
@@ -13,13 +12,11 @@ if TYPE_CHECKING:
 
 
 def build(config: ContinualConfig, *, mesh: Any, data_spec: Any = None) -> ContinualExperiment:
-    """The experiment; with `data_spec` (a `DataSpec` or its dictionary) no data set is loaded."""
+    """The experiment. The data are loaded in any case: the timeline, and with it the shape of the state, is theirs."""
     from stabletrain.continual.experiment import ContinualExperiment
-    from stabletrain.data.spec import DataSpec
 
-    if isinstance(data_spec, Mapping):
-        data_spec = DataSpec.from_dict(data_spec)
-    return ContinualExperiment(config, mesh=mesh, data_spec=data_spec)
+    del data_spec
+    return ContinualExperiment(config, mesh=mesh)
 
 
 FAMILY = Family(
