@@ -34,7 +34,7 @@ class FrontierOptions:
     warmup: int = option(40, "Steps of warm-up.", minimum=0)
     weight_decay: float = option(0.03, "AdamW's.", minimum=0.0)
     seeds: int = option(5, "Seeds of each setting.", minimum=1)
-    threshold: float = option(0.5, "A final loss below this counts as trained; knowing nothing has 1.", minimum=0.0)
+    threshold: float = option(0.9, "A final loss below this counts as trained; knowing nothing has 1.", minimum=0.0)
 
 
 def frontier(
