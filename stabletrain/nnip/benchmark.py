@@ -245,7 +245,7 @@ class BenchmarkResult:
             "median_stable_ps_high": min(high, length),
             "mean_stable_ps": float(self.survival.stable_time.mean()),
             "frozen": float(self.frozen),
-            "temperature": self.temperature,
+            "mean_temperature": self.temperature,
             **{f"{slug(name)}_error": found.error for name, found in self.observables.items()},
             **{f"{slug(name)}_noise_floor": found.noise_floor for name, found in self.observables.items()},
         }
@@ -272,9 +272,9 @@ def benchmark(
     """Runs replicas from `starts` [R, n, 3] for at least `length` ps, in whole windows, or until none is stable.
 
     Observables are averaged over the frames of each replica before its failure, and compared with the mean over
-    `reference_frames` [N, n, 3]. Their noise floor is that of as many reference frames as stable frames a picosecond
-    apart: frames of one replica that are nearer are taken to say the same. `tick(windows done, of)` may raise to stop;
-    `on_frames(frames, stable bool [R, F])` gets every window's.
+    `reference_frames` [N, n, 3]. Their noise floor is that of as many reference frames as there were replicas, or
+    picoseconds where those are more: frames of one replica that are nearer are taken to say the same.
+    `tick(windows done, of)` may raise to stop; `on_frames(frames, stable bool [R, F])` gets every window's.
     """
     conditions = simulator.conditions
     windows = max(1, int(np.ceil(length * FS_PER_PS / (conditions.timestep * conditions.window) - 1e-9)))
@@ -307,7 +307,7 @@ def benchmark(
     survival = Survival(
         stable_frames * conditions.frame_time, windows * per_window * conditions.frame_time, conditions.frame_time
     )
-    independent = max(1, round(survival.stable_time.sum()))
+    independent = max(1, int((stable_frames > 0).sum()), round(survival.stable_time.sum()))
     errors = {}
     for o in observables:
         by_frame = np.asarray(o.of_frames(jnp.asarray(reference_frames, jnp.float32)), float)

@@ -78,8 +78,9 @@ def read_potential(path: Path, checkpoint: str = "newest") -> Stored:
     if run.family != FAMILY.name:
         raise RunDirectoryError(f"{path} is a run of {run.family}, not of {FAMILY.name}")
     config = make_config(FAMILY.config, run.config_values, source=str(path / "config.toml"))
-    configure_backend(config.devices, config.batch_size)
-    experiment: Any = FAMILY.build(config, mesh=make_mesh(config.devices, config.batch_size))
+    # One device, whatever the run had: several runs may be read in one process.
+    configure_backend(1, config.batch_size)
+    experiment: Any = FAMILY.build(config, mesh=make_mesh(1, config.batch_size))
     state, step = load_state(experiment, path, checkpoint)
     params = next(iter(experiment.weights(state).values()))
     return Stored(path, step, experiment.potential, params, experiment.train.positions, experiment.test.positions)
