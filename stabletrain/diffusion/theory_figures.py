@@ -103,6 +103,7 @@ def real_figure(found: Sequence[MergeNorms], group_norm: Cancellation) -> Any:
         axis.bar(place + 0.2, promised, 0.4, fill=False, edgecolor="black", hatch="//", label="gain-1 prediction")
         axis.set_xticks(place, by_scaling, fontsize=7)
         axis.set_title(f"{network}, at initialisation", fontsize=9)
+        axis.set_ylim(0, 1.35)  # room for the legend
     axes[0].set_ylabel(r"outermost $\|h_0\|^2$, relative to unscaled")
     axes[0].legend(fontsize=7)
     axis = axes[-1]
@@ -112,6 +113,8 @@ def real_figure(found: Sequence[MergeNorms], group_norm: Cancellation) -> Any:
     axis.set_xticks(place, [f"{i}{'' if ok else '*'}" for i, ok in enumerate(group_norm.aligned)])
     axis.set(xlabel="skip (*: a group has channels of both)", ylabel="relative change")
     axis.set_title(f"UNet: skip times {group_norm.kappa:g}", fontsize=9)
+    axis.set_yscale("log")  # what is left behind the norm comes from its epsilon
+    axis.set_ylim(top=30 * group_norm.merged.max())
     axis.legend(fontsize=7)
     return figure
 
@@ -149,6 +152,7 @@ def gradient_figure(found: Sequence[GradientRatios]) -> Any:
                 axis.plot(place, each.encoders, "o-", color=colour, markersize=3, label=each.scaling.label)
                 axis.plot(place, each.decoders, "s--", color=colour, markersize=3)
         axis.set_yscale("log")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(network, fontsize=9)
         axis.set_xlabel("skip (0: outermost)")
     axes[0].set_ylabel("squared gradient norm / prediction")
