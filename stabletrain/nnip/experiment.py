@@ -43,7 +43,7 @@ def make_potential(config: NnipConfig, frames: LabelledFrames, train: np.ndarray
     rms = float(np.sqrt(np.mean(frames.forces[train] ** 2)))
     network = SchNet(config.features, config.interactions, cutoff=config.cutoff)
     scale = EnergyScale(rms, dict.fromkeys(frames.system.elements, mean))
-    return Potential(config.model, network, frames.system, config.cutoff, scale).fitted(frames.positions[train])
+    return Potential(config.model, network, frames.system, config.cutoff, scale).fitted(frames.positions)
 
 
 def structures_of(frames: LabelledFrames, chosen: np.ndarray, reference: float) -> Structures:

@@ -2,7 +2,8 @@
 
 Formats of `--data`: `.npz` with R, E, F and z (or nuclear_charges), as MD17, rMD17 and MD22 have them, and `cell` for a
 periodic system; and whatever ASE reads with energies and forces (extended XYZ, ...). Units of npz files are kcal/mol
-and A, as in MD17, unless `energy_unit` says eV; those of ASE are eV and A.
+and A, as in MD17, unless `energy_unit` says eV; those of ASE are eV and A. One cell holds for all frames: a cell for
+each, [N, 3, 3] or [N, 9], must be N times the same.
 """
 
 from __future__ import annotations
@@ -105,8 +106,11 @@ def _from_ase(path: Path) -> LabelledFrames:
         raise
     except Exception as error:  # whatever ASE's many readers raise
         raise DataError(f"{path} cannot be read with energies and forces: {error}") from error
-    cell = np.asarray(atoms[0].cell.array) if atoms[0].pbc.all() else None
-    return _checked(path, path.stem, species, positions, energies, forces, cell)
+    periodic = np.asarray([frame.pbc for frame in atoms])
+    if periodic.any() and not periodic.all():
+        raise DataError(f"{path} has frames that are not periodic, or not along each axis: all must be, or none")
+    cells = np.asarray([frame.cell.array for frame in atoms]) if periodic.any() else None
+    return _checked(path, path.stem, species, positions, energies, forces, cells)
 
 
 def _checked(
@@ -117,13 +121,23 @@ def _checked(
         raise DataError(f"{path}: R {positions.shape} and F {forces.shape} do not fit {len(energies)} energies")
     if not all(np.isfinite(array).all() for array in (positions, energies, forces)):
         raise DataError(f"{path} has numbers that are not finite")
-    lattice = None if cell is None else checked_cell(cell)
+    lattice = None if cell is None else _one_cell(path, np.asarray(cell, np.float64), len(energies))
     system = make_system(species, positions[0], lattice)
     digest = hashlib.sha256()
     for array in (system.species, positions, energies, forces, np.zeros(0) if lattice is None else lattice):
         digest.update(np.ascontiguousarray(array).tobytes())
     spec = FramesSpec(name, digest.hexdigest(), len(energies), "".join(system.symbols))
     return LabelledFrames(system, positions, energies, forces, spec)
+
+
+def _one_cell(path: Path, cell: np.ndarray, count: int) -> np.ndarray:
+    """The cell [3, 3] of all frames, from one or from `count` equal ones. Raises: `DataError` where they differ."""
+    if len(cell) == count and cell[0].size == 9:
+        # The last digits of a float32 file may differ; a cell of changing size differs by more.
+        if not np.allclose(cell, cell[0], rtol=0, atol=1e-4):
+            raise DataError(f"{path} has frames in different cells: a potential here is for one cell")
+        cell = cell[0]
+    return checked_cell(cell)
 
 
 def split(frames: LabelledFrames, train: int, test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

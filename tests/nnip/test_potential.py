@@ -124,6 +124,28 @@ def test_files_of_ase(tmp_path: Path) -> None:
     np.testing.assert_allclose(again.forces, frames.forces[:4], atol=1e-6)
 
 
+def test_one_cell_for_all_frames(tmp_path: Path) -> None:
+    """A cell for each frame is read where all are the same; changing or partial periodicity is refused, not dropped."""
+    each = np.repeat(9.0 * np.eye(3)[None], 30, axis=0)
+    for shape in ((30, 3, 3), (30, 9)):
+        frames = read_frames("x", str(write_npz(tmp_path / "same.npz", cell=each.reshape(shape))))
+        assert frames.system.cell is not None
+        np.testing.assert_array_equal(frames.system.cell, each[0])
+    with pytest.raises(DataError, match="different cells"):
+        read_frames("x", str(write_npz(tmp_path / "npt.npz", cell=each * np.linspace(1, 1.1, 30)[:, None, None])))
+
+    for name, cells, pbc, refusal in (
+        ("npt", (9.0, 9.5), True, "different cells"),
+        ("slab", (9.0, 9.0), (True, True, False), "not along each axis"),
+    ):
+        images = [Atoms(numbers=SYSTEM.species, positions=X, cell=[edge] * 3, pbc=pbc) for edge in cells]
+        for atoms in images:
+            atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros_like(X))
+        ase.io.write(tmp_path / f"{name}.extxyz", images)
+        with pytest.raises(DataError, match=refusal):
+            read_frames("x", str(tmp_path / f"{name}.extxyz"))
+
+
 def test_bad_files_are_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file"):
         read_frames("x", str(tmp_path / "none.npz"))
