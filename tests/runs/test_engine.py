@@ -162,7 +162,8 @@ ELSEWHERE = textwrap.dedent(
     import json, pathlib, sys, time
     from stabletrain.training.lock import RunLock
     path, ending = pathlib.Path(sys.argv[1]), sys.argv[2]
-    RunLock(path).acquire()
+    lock = RunLock(path)
+    lock.acquire()
     print("held", flush=True)
     time.sleep(1.0)
     if ending == "done":
