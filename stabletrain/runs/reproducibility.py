@@ -1,4 +1,4 @@
-"""REPRODUCIBILITY.md: for every table of every paper, at which scale it was reproduced, and with which deviations."""
+"""REPRODUCIBILITY.md: for every table of every paper, at which scale it was run, and with which deviations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stabletrain.runs.experiments import SCALES, TableSpec, find_tables, read_ta
 from stabletrain.runs.reading import RunData
 
 TITLE = "# Reproducibility"
-PREFACE = """What was reproduced, at which scale, and what differs from the papers. This page is written by
+PREFACE = """What was run, at which scale, what came out, and what differs from the papers. This page is written by
 `stabletrain table --reproducibility REPRODUCIBILITY.md` from the results kept in `results/`; nothing in it is typed by
 hand. "Small" is sized for two CPU cores and shows whether an effect is there, not the paper's numbers. A dagger marks
 runs that diverged or were rescued. Negative results stand here like any other.
@@ -76,7 +76,7 @@ def _state(spec: TableSpec, scale: str, document: dict[str, Any]) -> str:
     if not document or not any(cell["n"] or cell["diverged"] for cell in document["cells"]):
         return "not run"
     asked = max(cell["asked"] for cell in document["cells"])
-    return f"{'reproduced' if document['complete'] else 'incomplete'}, {asked} seeds"
+    return f"{'run' if document['complete'] else 'incomplete'}, {asked} seeds"
 
 
 def _made_with(scale: str, document: dict[str, Any]) -> str:
