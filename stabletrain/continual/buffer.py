@@ -29,12 +29,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from stabletrain.continual.presets import AT_TASK_END, FROM_STREAM
 from stabletrain.continual.streams import Indices, Streams, order_of
 from stabletrain.errors import ConfigError
-
-AT_TASK_END = ("released", "herding")
-FROM_STREAM = ("reservoir", "class-balanced")
-BUFFER_NAMES = (*AT_TASK_END, *FROM_STREAM)
 
 _FILL, _REPLAY = 21, 22  # which random stream
 

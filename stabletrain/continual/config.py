@@ -10,10 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from stabletrain.continual.buffer import AT_TASK_END, BUFFER_NAMES, FROM_STREAM
-from stabletrain.continual.presets import AGGREGATOR_NAMES, PRESETS, REHEARSAL_RULE_NAMES
+from stabletrain.continual.presets import (
+    AGGREGATOR_NAMES,
+    ARRANGEMENTS,
+    AT_TASK_END,
+    BUFFER_NAMES,
+    FROM_STREAM,
+    PRESETS,
+    REHEARSAL_RULE_NAMES,
+)
 from stabletrain.continual.released_timelines import RELEASED
-from stabletrain.continual.timeline import ARRANGEMENTS
 from stabletrain.errors import ConfigError, nearest
 from stabletrain.training.config import TrainConfig, fields_of, option, replace
 

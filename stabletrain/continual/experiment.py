@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from stabletrain.continual.aggregation import Aggregation
-from stabletrain.continual.buffer import FROM_STREAM, RehearsalBuffer
+from stabletrain.continual.buffer import RehearsalBuffer
 from stabletrain.continual.config import ContinualConfig, filled
 from stabletrain.continual.evaluation import evaluate_run
 from stabletrain.continual.forward import LayerRegularizer
@@ -34,6 +34,7 @@ from stabletrain.continual.losses import (
     weighted_mean,
 )
 from stabletrain.continual.networks import build_network
+from stabletrain.continual.presets import FROM_STREAM
 from stabletrain.continual.schedule import Schedule
 from stabletrain.continual.streams import Streams
 from stabletrain.continual.timeline import make_timeline

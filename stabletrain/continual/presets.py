@@ -10,6 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+ARRANGEMENTS = ("random", "serial", "parallel", "staggered")
+"""Ways of placing tasks' windows whose lengths are known."""
+
+AT_TASK_END = ("released", "herding")
+FROM_STREAM = ("reservoir", "class-balanced")
+BUFFER_NAMES = (*AT_TASK_END, *FROM_STREAM)
+"""Rules that fill the rehearsal buffer: when a task ends, or from the stream as it arrives."""
+
 AGGREGATOR_NAMES = (
     "sum", "mean", "norm", "mgda", "nmgda", "pcgrad", "gradvac", "cagrad", "imtl-g", "aligned-mtl", "upgrad",
     "dualproj", "config", "rlw", "dwa", "spcl", "spcl-released",

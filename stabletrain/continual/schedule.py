@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabletrain.continual.buffer import AT_TASK_END, FROM_STREAM, RehearsalBuffer
+from stabletrain.continual.buffer import RehearsalBuffer
+from stabletrain.continual.presets import AT_TASK_END, FROM_STREAM
 from stabletrain.continual.streams import Indices, Streams
 
 DIP_WINDOW = 4

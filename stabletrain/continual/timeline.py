@@ -19,11 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from stabletrain.continual.presets import ARRANGEMENTS
 from stabletrain.continual.released_timelines import RELEASED
 from stabletrain.errors import ConfigError
-
-ARRANGEMENTS = ("random", "serial", "parallel", "staggered")
-"""Ways of placing windows whose lengths are known."""
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class GanConfig(ScoreConfig):
     ema_half_life: float | None = option(
         None, "Half-life of the average in thousands of images, in place of a decay.", panel=OPTIMISER, minimum=0.0
     )
-    ema_ramp: float | None = option(
+    ema_rampup: float | None = option(
         None, "With a half-life: at most this share of the images seen so far; 0: no limit.", panel=OPTIMISER,
         minimum=0.0,
     )  # fmt: skip

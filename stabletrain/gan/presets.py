@@ -40,7 +40,7 @@ REACGAN_CIFAR: Values = {**BIGGAN_CIFAR, "batch_size": 128, "generator_lr": 2.82
 
 STYLEGAN2_CIFAR: Values = {
     "batch_size": 64, "steps": 200_000, "d_steps": 1, "generator_lr": 2.5e-3, "discriminator_lr": 2.5e-3,
-    "beta1": 0.0, "beta2": 0.99, "adam_epsilon": 1e-8, "ema_half_life": 500.0, "ema_ramp": 0.05,
+    "beta1": 0.0, "beta2": 0.99, "adam_epsilon": 1e-8, "ema_half_life": 500.0, "ema_rampup": 0.05,
     "r1_weight": 0.01, "r1_every": 16, "style_mixing": 0.0,
 }  # fmt: skip
 
@@ -150,7 +150,7 @@ PRESETS: dict[str, Preset] = {
     "stylegan2": Preset(
         "StyleGAN2 with its projection, lazy R1 (Karras et al. 2020b).",
         {"adversarial": "non-saturating", "conditioning": "sg2-projection"}, "stylegan2", STYLEGAN2_CIFAR,
-        {"r1_weight": 0.01, "ema_half_life": 10.0, "ema_ramp": 0.05, "generator_lr": 2.5e-3,
+        {"r1_weight": 0.01, "ema_half_life": 10.0, "ema_rampup": 0.05, "generator_lr": 2.5e-3,
          "discriminator_lr": 2.5e-3},
     ),
     "stylegan2-d2dce": Preset(
@@ -158,7 +158,7 @@ PRESETS: dict[str, Preset] = {
         {"adversarial": "non-saturating", "conditioning": "d2dce", "class_weight": 0.25, "temperature": 0.25,
          "positive_margin": 0.98, "embedding_dim": 512},
         "stylegan2", {**STYLEGAN2_CIFAR, "d_steps": 2},
-        {"r1_weight": 0.01, "ema_half_life": 10.0, "ema_ramp": 0.05, "generator_lr": 2.5e-3,
+        {"r1_weight": 0.01, "ema_half_life": 10.0, "ema_rampup": 0.05, "generator_lr": 2.5e-3,
          "discriminator_lr": 2.5e-3},
     ),
     "wgan-gp": Preset(

@@ -88,7 +88,7 @@ BELONGS: Mapping[str, Owner] = {
     "beta2": _ADAM,
     "adam_epsilon": _ADAM,
     "ema_start": _AVERAGE,
-    "ema_ramp": Owner(_on("ema_half_life"), "--ema-half-life"),
+    "ema_rampup": Owner(_on("ema_half_life"), "--ema-half-life"),
     "standing_batches": Owner(lambda c: c.batch_norm == "standing", "--batch-norm standing"),
     "batch_norm": Owner(
         lambda c: "generator_norm" in network_of(c).follows and c.generator_norm != "none",
@@ -339,7 +339,7 @@ def resolve(config: GanConfig) -> GanConfig:
         "adam_epsilon": 1e-8,
         "ema_decay": 0.0,
         "ema_half_life": 0.0,
-        "ema_ramp": 0.0,
+        "ema_rampup": 0.0,
         "ema_start": 0,
         "generator_spectral": False,
         "discriminator_spectral": False,

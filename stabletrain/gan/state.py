@@ -164,14 +164,14 @@ def optimizer_for(config: GanConfig, rate: Array | float) -> optax.GradientTrans
 def average_decay_at(config: GanConfig, position: Array) -> Array:
     """The decay of the generator's average at step `position`: 0, a copy, before `ema_start`.
 
-    With a half-life of h images it is 0.5^(B / h), where h is at most `ema_ramp` times the images seen so far.
+    With a half-life of h images it is 0.5^(B / h), where h is at most `ema_rampup` times the images seen so far.
     Source of the latter: Karras et al. 2020a, Appendix C.
     """
     n = position.astype(jnp.float32)
     if config.ema_half_life:
         half_life = jnp.full((), 1000.0 * config.ema_half_life)
-        if config.ema_ramp:
-            half_life = jnp.minimum(half_life, config.ema_ramp * n * config.batch_size)
+        if config.ema_rampup:
+            half_life = jnp.minimum(half_life, config.ema_rampup * n * config.batch_size)
         decay = 0.5 ** (config.batch_size / jnp.maximum(half_life, 1e-8))
     else:
         decay = jnp.full((), filled(config.ema_decay), jnp.float32)

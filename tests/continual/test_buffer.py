@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stabletrain.continual.buffer import BUFFER_NAMES, FROM_STREAM, RehearsalBuffer, herd
+from stabletrain.continual.buffer import RehearsalBuffer, herd
+from stabletrain.continual.presets import BUFFER_NAMES, FROM_STREAM
 from stabletrain.continual.streams import Streams
 from stabletrain.continual.timeline import Timeline
 from stabletrain.errors import ConfigError

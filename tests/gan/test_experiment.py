@@ -176,7 +176,7 @@ def test_average_is_a_copy_before_its_start_and_then_follows():
 
 
 def test_half_life_in_images():
-    config = tiny_config(ema_half_life=0.8, ema_ramp=0.05)
+    config = tiny_config(ema_half_life=0.8, ema_rampup=0.05)
     for position, half_life in ((100, 0.05 * 100 * 8), (10_000, 800)):
         expected = 0.5 ** (8 / half_life)
         assert float(average_decay_at(config, jnp.uint32(position))) == pytest.approx(expected, rel=1e-5)
