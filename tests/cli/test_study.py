@@ -158,7 +158,7 @@ def test_a_table_from_nothing_and_again_after_a_loss(command: Command, engine: N
     said = command("table", "--reproducibility", "REPRODUCIBILITY.md")
     assert said.code == 0
     page = (experiments / "REPRODUCIBILITY.md").read_text()
-    assert "| [paper/toy](#papertoy) | A toy table | reproduced, 2 seeds | not defined |" in page
+    assert "| [paper/toy](#papertoy) | A toy table | run, 2 seeds | not defined |" in page
     assert str(experiments) not in page
 
 

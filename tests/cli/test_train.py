@@ -176,13 +176,13 @@ def test_running_out_of_memory_suggests_a_smaller_batch(command: Command) -> Non
 
 def test_a_run_directory_of_another_family_is_refused(command: Command, toy_run: Path) -> None:
     config = toy_run / "config.toml"
-    config.write_text(config.read_text().replace('family = "toy"', 'family = "gan"'))
+    config.write_text(config.read_text().replace('family = "toy"', 'family = "optics"'))
     said = command("toy", "--steps", 9, "--out", "runs/first")
     assert said.code == 1
-    assert "'gan'" in said.error
+    assert "'optics'" in said.error
     said = command("resume", "first")
     assert said.code == 1
-    assert "unknown family 'gan'" in said.error
+    assert "unknown family 'optics'" in said.error
 
 
 def test_a_folder_that_is_no_run_is_refused_before_any_work(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
