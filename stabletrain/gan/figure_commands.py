@@ -18,10 +18,10 @@ from typing import Annotated, Any
 import typer
 
 from stabletrain.errors import EXIT_OK, ConfigError
-from stabletrain.training.config import checked_values, option, read_toml
+from stabletrain.training.config import option
+from stabletrain.training.presets import settings_from
 
 TOYS = ("gaussians8", "gaussians25", "swissroll")
-SCALES = ("small", "paper")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,26 +69,6 @@ class DepthOptions:
     penalty: float = option(10.0, "Weight of the gradient penalty.", minimum=0.0)
     penalty_rate: float = option(1e-4, "Learning rate with the penalty (Adam).", minimum=0.0)
     clip_rate: float = option(5e-5, "Learning rate with clipping (RMSProp).", minimum=0.0)
-
-
-def settings_from(options: type, preset: Path | None, scale: str, given: Mapping[str, Any]) -> Any:
-    """Defaults < the file's own values < those of its [small] or [paper] < what was given on the command line.
-
-    Raises: `ConfigError` for an unknown scale, key or value, and for a file without the scale.
-    """
-    if scale not in SCALES:
-        raise ConfigError(f"unknown scale {scale!r}: {' or '.join(SCALES)}")
-    values: dict[str, Any] = {}
-    if preset is not None:
-        content = read_toml(preset)
-        overlays = {name: content.pop(name) for name in SCALES if name in content}
-        if scale not in overlays:
-            raise ConfigError(f"{preset} has no [{scale}]")
-        values = {**content, **overlays[scale]}
-    elif scale != "small":
-        raise ConfigError(f"without --config FILE.toml there are the settings of the small scale only, not {scale!r}")
-    values |= {name: value for name, value in given.items() if value is not None}
-    return options(**checked_values(options, values, source=str(preset or "")))
 
 
 def _progress(label: str, quiet: bool) -> Callable[[int, int], None] | None:
