@@ -34,7 +34,7 @@ _STYLE = """
   figure.plot svg { filter: invert(0.9) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem 1.1rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1rem 1.1rem 4rem; max-width: 72rem; background: var(--paper); color: var(--ink);
        font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.45rem; margin: .4rem 0 .2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .25rem; }
@@ -255,11 +255,15 @@ def _scores(run: RunData) -> str:
 
 
 def _differences(comparison: Comparison) -> str:
+    """One row a group, one column an option: there are often many groups, and they differ in few options."""
     if not comparison.differences:
         return "<p>Nothing but the seed.</p>"
-    headings = ["option", *(group.label for group in comparison.groups)]
-    rows = [[key, *("not set" if value is None else _compact(value) for value in values)]
-            for key, values in comparison.differences.items()]  # fmt: skip
+    headings = ["group", *comparison.differences]
+    columns = comparison.differences.values()
+    rows = [
+        [group.label, *("not set" if values[i] is None else _compact(values[i]) for values in columns)]
+        for i, group in enumerate(comparison.groups)
+    ]
     return _table(headings, rows)
 
 
