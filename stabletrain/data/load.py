@@ -15,17 +15,21 @@ from stabletrain.data import archives, arrays, fingerprints, folders, tfds
 from stabletrain.data.catalogue import DatasetInfo, list_datasets
 from stabletrain.data.crops import Crop, celeba_crop, centre_crop, is_grey, open_picture, transposed
 from stabletrain.data.locate import Place, locate, named, what_to_put
-from stabletrain.data.sources import ArraySource, EncodedSource, ResizedSource
+from stabletrain.data.sources import ArraySource, EncodedSource, ResizedSource, SubsetSource
 from stabletrain.data.spec import Dataset, DataSpec, Split
 from stabletrain.data.stores import FolderStore, Store, base_name, open_store
 from stabletrain.errors import ConfigError, DataError
 
-__all__ = ["Dataset", "list_datasets", "load_dataset"]
+__all__ = ["Dataset", "limit_training", "list_datasets", "load_dataset"]
 
 TAKEN = "an .npz, an image folder, a zip of one, CIFAR's tar.gz, idx.gz files, or another published layout"
 
 EMNIST_FILES = {"emnist": "emnist-balanced-", "emnist-byclass": "emnist-byclass-"}
 """One archive holds several splits of EMNIST: how the files of each begin."""
+
+
+LIMIT_SEED = 0
+"""Of the choice of training images when their number is limited: one choice for all runs, whatever their seed."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,25 @@ def load_dataset(name: str, *, data: str | None = None, image_size: int | None =
         return _checked(name, info, _read(place.path, info, image_size), image_size)
     except DataError as error:
         raise DataError(f"{error} (expected in {place.path}: {info.wanted()})") from error
+
+
+def limit_training(dataset: Dataset, count: int) -> Dataset:
+    """The data set with `count` of its training images, drawn at random but always the same; 0 leaves it as it is.
+
+    The test split stays whole. The fingerprint is another one.
+
+    Raises: `ConfigError` when there are not so many.
+    """
+    total = len(dataset.train)
+    if count == 0:
+        return dataset
+    if not 0 < count <= total:
+        raise ConfigError(f"train_limit is {count}, and {dataset.name} has {total} training images")
+    chosen = np.sort(np.random.default_rng(LIMIT_SEED).permutation(total)[:count])
+    labels = dataset.train.labels
+    train = Split(SubsetSource(dataset.train.images, chosen), None if labels is None else labels[chosen])
+    fingerprint = fingerprints.of_arrays([(f"{dataset.spec.fingerprint} limited to", chosen)])
+    return replace(dataset, spec=replace(dataset.spec, fingerprint=fingerprint, train_count=count), train=train)
 
 
 def _from_user(name: str, path: Path, image_size: int | None) -> Dataset:

@@ -78,6 +78,29 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1)), thread_name_prefix="decode")
 
 
+class SubsetSource:
+    """Some images of another source."""
+
+    def __init__(self, source: ImageSource, indices: NDArray[np.integer]) -> None:
+        self._source, self._indices = source, np.asarray(indices)
+        self.shape = source.shape
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, indices: NDArray[np.integer]) -> Images:
+        """The images at `indices` of the subset."""
+        return self._source.read(self._indices[np.asarray(indices)])
+
+    @cached_property
+    def _all(self) -> Images | None:
+        return self.read(np.arange(len(self))) if fits_in_memory(len(self), self.shape) else None
+
+    def array(self) -> Images | None:
+        """All of them; None above `MEMORY_LIMIT`. Only these images are decoded."""
+        return self._all
+
+
 class ResizedSource:
     """Another source's images, cropped and resized when they are asked for."""
 

@@ -36,6 +36,9 @@ class GanConfig(ScoreConfig):
     image_size: int = option(
         0, "Crop and resize images to this many pixels; 0: as the data set has them.", panel="Data", minimum=0
     )
+    train_limit: int = option(
+        0, "Train on this many of the training images, always the same ones; 0: on all.", panel="Data", minimum=0
+    )
     horizontal_flip: bool | None = option(None, "Mirror training images at random; chosen by data set.", panel="Data")
     dequantize: bool | None = option(None, "Add uniform noise of one grey level to training images.", panel="Data")
 
@@ -78,6 +81,9 @@ class GanConfig(ScoreConfig):
     )
     weight_clip: float | None = option(
         None, "Clip the discriminator's parameters to this size after each update.", panel=REGULARISE, minimum=0.0
+    )
+    clip_kernels_only: bool | None = option(
+        None, "Clip only the kernels, not biases and the scales of normalisation (--weight-clip).", panel=REGULARISE
     )
     dragan: float | None = option(None, "Weight of DRAGAN's penalty around the data.", panel=REGULARISE, minimum=0.0)
     r1_weight: float | None = option(

@@ -215,7 +215,8 @@ class GanExperiment:
         )
         params = update.params
         if config.weight_clip:
-            params = update.choose(clip_weights(params, config.weight_clip), params)
+            clipped = clip_weights(params, config.weight_clip, kernels_only=bool(config.clip_kernels_only))
+            params = update.choose(clipped, params)
         critic = NetworkState(
             params,
             update.choose(result.statistics, state.critic.statistics),

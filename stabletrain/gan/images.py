@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stabletrain.data.images import encode_png, image_grid, to_float, to_uint8
-from stabletrain.data.load import load_dataset
+from stabletrain.data.load import limit_training, load_dataset
 from stabletrain.data.order import batch_indices
 from stabletrain.data.spec import Dataset, DataSpec, Split
 from stabletrain.errors import ConfigError, DataError
@@ -46,7 +46,8 @@ class ImageDomain:
         self._config = config
         self.dataset: Dataset | None = None
         if data_spec is None:
-            self.dataset = load_dataset(config.dataset, data=config.data, image_size=config.image_size or None)
+            loaded = load_dataset(config.dataset, data=config.data, image_size=config.image_size or None)
+            self.dataset = limit_training(loaded, config.train_limit)
             data_spec = self.dataset.spec
         self.data_spec = data_spec
         self.sample_shape = (data_spec.image_size, data_spec.image_size, data_spec.channels)

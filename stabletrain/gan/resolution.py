@@ -73,6 +73,7 @@ BELONGS: Mapping[str, Owner] = {
         "a class loss without --auxiliary adc, which is of real and fake samples by design",
     ),
     "one_sided": Owner(_on("gradient_penalty"), "--gradient-penalty"),
+    "clip_kernels_only": Owner(_on("weight_clip"), "--weight-clip"),
     "r1_every": Owner(_on("r1_weight"), "--r1-weight"),
     "lecam_start": _LECAM,
     "lecam_decay": _LECAM,
@@ -191,7 +192,11 @@ def _penalty_problems(config: GanConfig) -> Iterator[str]:
 
 def _augmentation_problems(config: GanConfig) -> Iterator[str]:
     kind = domain_of(config).kind
-    flipped = {"horizontal_flip": config.horizontal_flip, "dequantize": config.dequantize}
+    flipped = {
+        "horizontal_flip": config.horizontal_flip,
+        "dequantize": config.dequantize,
+        "train_limit": config.train_limit,
+    }
     for name in (
         *(n for n, on in flipped.items() if on),
         *(n for n in ("cr_weight", "bcr_real", "bcr_fake") if getattr(config, n)),
@@ -321,6 +326,7 @@ def resolve(config: GanConfig) -> GanConfig:
         "d2dce_variant": "released",
         "embedding_dim": 128,
         "one_sided": False,
+        "clip_kernels_only": False,
         "r1_every": 16,
         "lecam_start": 1000,
         "lecam_decay": 0.99,

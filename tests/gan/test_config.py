@@ -31,6 +31,8 @@ NONSENSE = [
     ({"gradient_penalty": 10.0, "dragan": 10.0}, "both hold the gradient's norm at 1"),
     ({"weight_clip": 0.01, "discriminator_spectral": True}, "divides the size of the weights out"),
     ({"one_sided": True}, "--one-sided needs --gradient-penalty"),
+    ({"clip_kernels_only": True}, "--clip-kernels-only needs --weight-clip"),
+    ({"dataset": "swissroll", "method": "wgan-gp", "train_limit": 9}, "--train-limit is of images"),
     ({"r1_every": 4}, "--r1-every needs --r1-weight"),
     ({"lecam_start": 10}, "--lecam-start needs --lecam"),
     ({"zcr_radius": 0.1}, "--zcr-radius needs --zcr-discriminator or --zcr-generator"),

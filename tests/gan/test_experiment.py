@@ -87,6 +87,22 @@ def test_weights_stay_clipped():
     assert max(np.abs(leaf).max() for leaf in leaves(state.generator.params)) > 0.02
 
 
+def test_kernels_alone_can_be_clipped():
+    def largest(only_kernels: bool) -> dict[bool, float]:
+        config = {"method": "wgan", "weight_clip": 1e-5, "clip_kernels_only": only_kernels, "discriminator_lr": 0.01}
+        state, _ = run(tiny(**config), [3], 3)
+        found = {True: 0.0, False: 0.0}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.critic.params):
+            kernel = "kernel" in jax.tree_util.keystr(path[-1:])
+            found[kernel] = max(found[kernel], float(np.abs(leaf).max()))
+        return found
+
+    assert max(largest(False).values()) <= np.float32(1e-5)
+    only = largest(True)
+    assert only[True] <= np.float32(1e-5)
+    assert only[False] > 1e-5
+
+
 # --- exactness --------------------------------------------------------------------------------------------------------
 
 
