@@ -18,6 +18,7 @@ from flax import struct
 
 from stabletrain.gan.adversarial import crammer_singer
 from stabletrain.methods.reacgan import cosines, d2d_ce, normalize
+from stabletrain.nn.equalized import EqualizedDense, activate, unit_second_moment
 from stabletrain.nn.spectral_norm import SpectralDense, SpectralEmbed
 
 Array = jax.Array
@@ -123,29 +124,8 @@ class Head(nn.Module):
     def _mapped(self, count: int, size: int, name: str) -> Array:
         """[count, size]: StyleGAN2's label mapping of one layer, on every class."""
         embedded = EqualizedDense(size, name=f"{name}_embedding")(jnp.eye(count))
-        embedded = embedded * jax.lax.rsqrt(jnp.mean(embedded**2, axis=-1, keepdims=True) + 1e-8)
-        mapped = EqualizedDense(size, learning_rate=0.01, name=name)(embedded)
-        return jax.nn.leaky_relu(mapped, 0.2) * jnp.sqrt(2.0)
-
-
-class EqualizedDense(nn.Module):
-    """A linear layer whose normal weights are scaled at run time, so that Adam moves all layers alike.
-
-    Source: Karras et al. 2018, Section 4.1; `learning_rate` scales the step of the layer besides, as in StyleGAN.
-    """
-
-    features: int
-    use_bias: bool = True
-    learning_rate: float = 1.0
-
-    @nn.compact
-    def __call__(self, inputs: Array) -> Array:
-        start = nn.initializers.normal(1.0 / self.learning_rate)
-        kernel = self.param("kernel", start, (inputs.shape[-1], self.features))
-        out = inputs @ (kernel * (self.learning_rate / inputs.shape[-1] ** 0.5))
-        if self.use_bias:
-            out = out + self.param("bias", nn.initializers.zeros_init(), (self.features,)) * self.learning_rate
-        return out
+        mapped = EqualizedDense(size, learning_rate=0.01, name=name)(unit_second_moment(embedded))
+        return activate(mapped)
 
 
 # --- class losses -----------------------------------------------------------------------------------------------------

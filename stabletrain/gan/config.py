@@ -170,6 +170,9 @@ class GanConfig(ScoreConfig):
     style_mixing: float | None = option(
         None, "Probability of mixing the styles of two latents.", panel=NETWORK, minimum=0.0, maximum=1.0
     )
+    discriminator_shortcuts: bool | None = option(
+        None, "stylegan2: residual blocks in the discriminator; from 64 pixels on by default.", panel=NETWORK
+    )
     architecture: int | None = option(
         None, "random: number of the architecture; the seed's by default.", panel=NETWORK, minimum=0
     )

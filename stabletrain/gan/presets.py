@@ -80,6 +80,12 @@ SMALL_CONVOLUTIONAL: Values = {
 }  # fmt: skip
 """Beyond `SMALL`, for the methods that are a convolutional network."""
 
+SMALL_STYLES: Values = {
+    "generator_width": 32, "discriminator_width": 32, "z_dim": 64, "steps": 1500, "generator_lr": 2.5e-3,
+    "discriminator_lr": 2.5e-3, "adam_epsilon": 1e-8, "r1_weight": 0.01, "ema_half_life": 10.0, "ema_rampup": 0.05,
+}  # fmt: skip
+"""Beyond `SMALL`, for StyleGAN2."""
+
 # --- the methods ------------------------------------------------------------------------------------------------------
 
 _SPECTRAL = {"generator_spectral": True, "discriminator_spectral": True}
@@ -150,16 +156,14 @@ PRESETS: dict[str, Preset] = {
     "stylegan2": Preset(
         "StyleGAN2 with its projection, lazy R1 (Karras et al. 2020b).",
         {"adversarial": "non-saturating", "conditioning": "sg2-projection"}, "stylegan2", STYLEGAN2_CIFAR,
-        {"r1_weight": 0.01, "ema_half_life": 10.0, "ema_rampup": 0.05, "generator_lr": 2.5e-3,
-         "discriminator_lr": 2.5e-3},
+        SMALL_STYLES,
     ),
     "stylegan2-d2dce": Preset(
         "StyleGAN2 with D2D-CE in place of projection.",
         {"adversarial": "non-saturating", "conditioning": "d2dce", "class_weight": 0.25, "temperature": 0.25,
          "positive_margin": 0.98, "embedding_dim": 512},
         "stylegan2", {**STYLEGAN2_CIFAR, "d_steps": 2},
-        {"r1_weight": 0.01, "ema_half_life": 10.0, "ema_rampup": 0.05, "generator_lr": 2.5e-3,
-         "discriminator_lr": 2.5e-3},
+        SMALL_STYLES,
     ),
     "wgan-gp": Preset(
         "WGAN-GP: Wasserstein critic with a gradient penalty (Gulrajani et al. 2017).",

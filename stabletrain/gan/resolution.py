@@ -353,6 +353,7 @@ def resolve(config: GanConfig) -> GanConfig:
         "discriminator_norm": "none",
         "inplace_relu": False,
         "style_mixing": 0.0,
+        "discriminator_shortcuts": True,
         "shared_dim": 0,
         "generator_attention": (),
         "discriminator_attention": (),

@@ -59,6 +59,8 @@ class NetworkOptions:
     """Shortcuts of the discriminator receive ReLU(x), as StudioGAN's in-place activation makes them."""
     style_mixing: float = 0.0
     """Probability of mixing two latents' styles in training, where there are styles."""
+    discriminator_shortcuts: bool = True
+    """Shortcuts beside the discriminator's convolutions, where there is a choice."""
     architecture: int = 0
     """Number of a random architecture."""
     scan_blocks: bool = False
@@ -285,6 +287,24 @@ def _check_deep(options: NetworkOptions) -> None:
     check_biggan_deep(options)
 
 
+def _stylegan2_generator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.stylegan2 import StyleGAN2Generator
+
+    return StyleGAN2Generator(options)
+
+
+def _stylegan2_discriminator(options: NetworkOptions) -> Any:
+    from stabletrain.gan.networks.stylegan2 import StyleGAN2Discriminator
+
+    return StyleGAN2Discriminator(options)
+
+
+def _check_stylegan2(options: NetworkOptions) -> None:
+    from stabletrain.gan.networks.stylegan2 import check_stylegan2
+
+    check_stylegan2(options)
+
+
 _ATTENTION: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
     8: ((1,), (1,)), 16: ((2,), (1,)), 32: ((2,), (1,)), 64: ((3,), (1,)), 128: ((4,), (1,)), 256: ((5,), (2,)),
 }  # fmt: skip
@@ -301,6 +321,10 @@ def _biggan_sized(size: int) -> Mapping[str, Any]:
     widths = {64: 80}.get(size, 96)
     sized = {**_attention_sized(size), "generator_width": widths, "discriminator_width": widths}
     return {**sized, "z_dim": 20 * parts} if parts else sized
+
+
+def _stylegan2_sized(size: int) -> Mapping[str, Any]:
+    return {"discriminator_shortcuts": not 0 < size <= 32}  # left out on CIFAR-10: Karras et al. 2020a, Appendix D
 
 
 _CONVOLUTIONAL = frozenset({"generator_spectral", "discriminator_spectral", "generator_norm", "discriminator_norm"})
@@ -350,6 +374,17 @@ NETWORKS: dict[str, NetworkSpec] = {
         defaults={"z_dim": 128, "generator_width": 128, "discriminator_width": 128, "shared_dim": 128, "depth": 2},
         sized=_attention_sized,
         check=_check_deep,
+    ),
+    "stylegan2": NetworkSpec(
+        help="Convolutions scaled by styles, for images of 8 to 256 pixels; --depth layers make the styles.",
+        generator=_stylegan2_generator,
+        discriminator=_stylegan2_discriminator,
+        follows=frozenset({"depth", "style_mixing", "discriminator_shortcuts"}),
+        defaults={"z_dim": 512, "generator_width": 512, "discriminator_width": 512, "depth": 2},
+        sized=_stylegan2_sized,
+        styles=True,
+        mixes_samples=True,
+        check=_check_stylegan2,
     ),
     "mlp": NetworkSpec(
         help="Fully connected, for images of up to 32 pixels and for points.",
