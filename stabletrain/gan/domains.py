@@ -42,7 +42,8 @@ class Model(Protocol):
         truncation: float = 0.0,
     ) -> np.ndarray:
         """float32 [count, *sample_shape] of fresh latents. Sample n depends on seed, n and its label only (with
-        `batch_norm` other than `batch`). `truncation` > 0 draws latents again until all are that close to 0."""
+        `batch_norm` other than `batch`). `truncation` > 0 draws latents again until all are that close to 0; of a
+        generator with styles it is the share of the way from the mean style that styles keep."""
 
     def from_latents(self, latents: np.ndarray, labels: np.ndarray | None, *, context: EvaluationContext) -> np.ndarray:
         """float32 [N, *sample_shape] of the given latents [N, z_dim]."""

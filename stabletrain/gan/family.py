@@ -27,8 +27,9 @@ class SampleOptions:
     num: int = option(100, "Number of images.", panel=PANEL, minimum=1)
     label: str | None = option(None, "Class to make, by name or number; without it every class in turn.", panel=PANEL)
     truncation: float = option(
-        0.0, "Draw latents again until all are this close to 0; 0: never.", panel=PANEL, minimum=0.0
-    )
+        0.0, "Draw latents again until all are this close to 0 (styles: their distance to the mean style, times this); "
+        "0: never.", panel=PANEL, minimum=0.0,
+    )  # fmt: skip
     batch_norm: str | None = option(None, "Statistics of batch normalisation.", panel=PANEL, choices=BATCH_NORM_NAMES)
     weights: str | None = option(
         None, "Which weights: their moving average or the last ones.", panel=PANEL, choices=("ema", "raw")

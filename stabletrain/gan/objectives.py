@@ -308,10 +308,10 @@ class Objectives:
             # Half a batch, as its pull-back costs a second pass. Source: Karras et al. 2020b, Appendix B.
             z, labels = self.draw(keys[0], max(self.config.batch_size // 2, 1))
             variables = {"params": params, **statistics}
-            styles = self.generator.styles(variables, z, labels, keys[1])
+            styles = self.generator.styles(variables, z, labels, keys[1], train=True)
 
             def synthesize(moved: Array) -> Array:
-                return self.generator.synthesize(variables, moved, keys[2])
+                return self.generator.synthesize(variables, moved, keys[2], train=True)
 
             penalty, after = path_length(synthesize, styles, keys[3], mean)
             return every * weight * penalty, after

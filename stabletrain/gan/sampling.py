@@ -6,6 +6,7 @@ folder, so that an interrupted evaluation does not make them again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ STANDING_SEED = 0xFEED
 """Stream of the latents that standing statistics are taken of."""
 TRUNCATION_DRAWS = 64
 """Times that a latent beyond the truncation is drawn again; at a truncation of 0.1 one in 200 is left, and clipped."""
+STYLE_LATENTS = 4096
+"""Latents at least that the mean style, to which truncation moves styles, is of."""
 
 
 class Programs:
@@ -45,6 +48,16 @@ class Programs:
         def statistics(variables: Variables, z: Array, labels: Array, key: Array) -> Any:
             return generator(variables, z, labels, key, train=True)[1]["batch_stats"]
 
+        def mean_style(variables: Variables, z: Array, labels: Array, key: Array) -> Array:
+            return jnp.mean(generator.styles(variables, z, labels, key, train=False), axis=0)
+
+        def truncated(
+            variables: Variables, z: Array, labels: Array, key: Array, mean: Array, truncation: Array
+        ) -> Array:
+            styles = generator.styles(variables, z, labels, key, train=False)
+            moved = mean + truncation * (styles - mean)
+            return generator.synthesize(variables, moved, key, train=False).astype(jnp.float32)
+
         def score(variables: Variables, samples: Array, labels: Array) -> Array:
             return critic(variables, samples, labels, train=False)[0].score
 
@@ -52,6 +65,10 @@ class Programs:
         self.running = jax.jit(running, **layout)
         self.batchwise = jax.jit(batchwise, **layout)
         self.statistics = jax.jit(statistics, in_shardings=(whole, split, split, whole), out_shardings=whole)
+        self.mean_style = jax.jit(mean_style, in_shardings=(whole, split, split, whole), out_shardings=whole)
+        self.truncated = jax.jit(
+            truncated, in_shardings=(whole, split, split, whole, whole, whole), out_shardings=split
+        )  # fmt: skip
         self.score = jax.jit(score, in_shardings=(whole, split, split), out_shardings=split)
         self.latents = jax.jit(self._latents, static_argnames=("truncated",))
 
@@ -113,6 +130,18 @@ class GanModel:
             total = jax.tree.map(jnp.add, total, own)
         return jax.tree.map(lambda t: t / batches, total)
 
+    @functools.cached_property
+    def _mean_style(self) -> Any:
+        """[L, D]: the mean of styles over latents and classes. Source: Karras et al. 2019, Section B."""
+        programs, chunk = self._programs, self._programs.chunk
+        parts = []
+        for start in range(0, STYLE_LATENTS, chunk):
+            rows = np.arange(start, start + chunk, dtype=np.uint32)
+            z = programs.latents(np.uint32(STANDING_SEED), rows, np.float32(0), truncated=False)
+            labels = (rows % max(self.num_classes, 1)).astype(np.int32)
+            parts.append(programs.mean_style(self._generator, z, labels, jax.random.key(STANDING_SEED)))
+        return sum(parts) / len(parts)
+
     def samples(
         self,
         labels: np.ndarray | None,
@@ -123,7 +152,10 @@ class GanModel:
         what: str = "evaluation samples",
         truncation: float = 0.0,
     ) -> np.ndarray:
-        """float32 [count, *sample_shape] of fresh latents; see `Model.samples`."""
+        """float32 [count, *sample_shape] of fresh latents; see `Model.samples`.
+
+        Where there are styles, truncation acts on them, as the length of a latent has no effect there.
+        """
         programs, parts = self._programs, []
         asked = np.zeros(count, np.int32) if labels is None else np.asarray(labels, np.int32)
         for start in range(0, count, programs.chunk):
@@ -135,8 +167,11 @@ class GanModel:
                 continue
             # Always whole chunks: another size would be another program to compile.
             numbers = np.arange(start, start + programs.chunk, dtype=np.uint32)
-            z = programs.latents(np.uint32(seed), numbers, np.float32(truncation), truncated=truncation > 0)
-            chunk = self._chunk(z, np.resize(asked[start:stop], programs.chunk), seed, start)[: stop - start]
+            of_latents = truncation > 0 and not programs.generator.has_styles
+            z = programs.latents(np.uint32(seed), numbers, np.float32(truncation), truncated=of_latents)
+            labelled = np.resize(asked[start:stop], programs.chunk)
+            of_styles = 0.0 if of_latents else truncation
+            chunk = self._chunk(z, labelled, seed, start, of_styles)[: stop - start]
             _save(kept, chunk)
             parts.append(chunk)
         context.tick(what, count, count)
@@ -153,8 +188,11 @@ class GanModel:
             parts.append(self._chunk(np.asarray(z, np.float32)[rows], y[rows], 0, start)[: len(z)])
         return np.concatenate(parts)
 
-    def _chunk(self, z: Any, labels: np.ndarray, seed: int, start: int) -> np.ndarray:
+    def _chunk(self, z: Any, labels: np.ndarray, seed: int, start: int, truncation: float = 0.0) -> np.ndarray:
         key = jax.random.fold_in(jax.random.key(np.uint32(seed)), start)
+        if truncation:
+            arguments = (z, labels.astype(np.int32), key, self._mean_style, np.float32(truncation))
+            return np.asarray(self._programs.truncated(self._generator, *arguments))
         return np.asarray(self._call(self._generator, z, labels.astype(np.int32), key))
 
     def scores(self, samples: np.ndarray, labels: np.ndarray | None, *, context: EvaluationContext) -> np.ndarray:

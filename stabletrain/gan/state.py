@@ -76,15 +76,15 @@ class Generator:
         kept = {name: variables[name] for name in STATISTICS if name in variables}
         return samples.astype(jnp.float32), {**kept, **changed}
 
-    def styles(self, variables: Mapping[str, Any], z: Array, labels: Array | None, key: Array) -> Array:
-        """[B, L, D]: the styles of latents, as in training."""
+    def styles(self, variables: Mapping[str, Any], z: Array, labels: Array | None, key: Array, *, train: bool) -> Array:
+        """[B, L, D]: the styles of latents."""
         asked = labels if self.num_classes else None
-        styles: Any = self.module.apply(variables, z, asked, train=True, rngs={"noise": key}, method="styles")
+        styles: Any = self.module.apply(variables, z, asked, train=train, rngs={"noise": key}, method="styles")
         return styles
 
-    def synthesize(self, variables: Mapping[str, Any], styles: Array, key: Array) -> Array:
-        """Samples of styles, as in training."""
-        samples: Any = self.module.apply(variables, styles, train=True, rngs={"noise": key}, method="synthesize")
+    def synthesize(self, variables: Mapping[str, Any], styles: Array, key: Array, *, train: bool) -> Array:
+        """Samples [B, ...] of styles."""
+        samples: Any = self.module.apply(variables, styles, train=train, rngs={"noise": key}, method="synthesize")
         return samples
 
 

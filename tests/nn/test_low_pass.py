@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,12 +75,14 @@ def test_equalised_layers_are_plain_ones_with_scaled_weights():
         layer = EqualizedConvolution(5, size)
         params = layer.init(key, images)["params"]
         wanted = convolve(images, params["kernel"] / np.sqrt(3 * size * size))
-        np.testing.assert_allclose(layer.apply({"params": params}, images), wanted, rtol=1e-5, atol=1e-5)  # float32
+        found: Any = layer.apply({"params": params}, images)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)  # float32
     dense = EqualizedDense(5, learning_rate=0.1, bias_start=1.0)
     params = dense.init(key, images)["params"]
     np.testing.assert_allclose(params["bias"], 10.0)
     wanted = images @ (0.1 * params["kernel"] / np.sqrt(3)) + 1.0
-    np.testing.assert_allclose(dense.apply({"params": params}, images), wanted, rtol=1e-5, atol=1e-5)
+    found = dense.apply({"params": params}, images)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 3])

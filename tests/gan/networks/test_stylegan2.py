@@ -22,7 +22,7 @@ from stabletrain.gan.networks.stylegan2 import (
     modulated_convolution,
 )
 from stabletrain.training.devices import batch_sharding, make_mesh, replicated
-from tests.gan.cases import leaves, run, tiny, tiny_config
+from tests.gan.cases import Context, leaves, run, tiny, tiny_config
 
 SPEC = NETWORKS["stylegan2"]
 KEY = jax.random.key(0)
@@ -140,7 +140,8 @@ def test_noise_is_of_its_key_starts_without_effect_and_can_be_held_constant():
     np.testing.assert_array_equal(made(strong, one), made(strong, one))
     assert np.abs(made(strong, one) - made(strong, two)).max() > 0.1
     np.testing.assert_array_equal(made(strong, one, constant=True), made(strong, two, constant=True))
-    same = layer.apply(strong, jnp.zeros_like(images), style, constant_noise=True)  # nothing but noise
+    # Of images of zeros nothing but noise is left.
+    same: Any = layer.apply(strong, jnp.zeros_like(images), style, constant_noise=True)
     np.testing.assert_array_equal(same[0], same[1])
     np.testing.assert_array_equal(same[..., :1] + jnp.zeros(6), same)  # one number a pixel for all channels
     assert np.asarray(same).std() > 0.1
@@ -375,6 +376,22 @@ def test_presets_are_the_papers_at_32_pixels():
     assert config.style_mixing == 0
     assert (config.conditioning, config.adversarial, config.d_steps) == ("sg2-projection", "non-saturating", 1)
     assert (config.r1_weight, config.r1_every, config.ema_half_life) == (0.01, 16, 500)
+
+
+@pytest.mark.slow
+def test_truncation_moves_styles_to_their_mean(tmp_path):
+    """A latent's length has no effect on a style, so that nothing but the style can be truncated."""
+    experiment = tiny(method="stylegan2", network="stylegan2", embedding_dim=None)
+    model = experiment.model(jax.jit(experiment.init)(KEY), "raw")
+    labels = np.arange(20) % 10
+
+    def made(truncation):
+        context = Context(tmp_path / str(truncation))
+        return model.samples(labels, 20, seed=3, context=context, truncation=truncation)
+
+    whole, half, none = made(0.0), made(0.5), made(1e-4)
+    np.testing.assert_allclose(made(1.0), whole, rtol=1e-4, atol=1e-5)  # float32
+    assert none.std(axis=0).mean() < 1e-3 < half.std(axis=0).mean() < whole.std(axis=0).mean()
 
 
 @pytest.mark.slow
