@@ -23,6 +23,10 @@ class Preset:
     training: Values = field(default_factory=dict)
     small: Values = field(default_factory=dict)
     """What differs from `SMALL` on small images."""
+    large: Values = field(default_factory=dict)
+    """What differs from 64 pixels on, in parts and training."""
+    by_dataset: Mapping[str, Values] = field(default_factory=dict)
+    """What differs besides on the large images of a data set."""
 
 
 # --- how they are trained ---------------------------------------------------------------------------------------------
@@ -43,6 +47,9 @@ STYLEGAN2_CIFAR: Values = {
     "beta1": 0.0, "beta2": 0.99, "adam_epsilon": 1e-8, "ema_half_life": 500.0, "ema_rampup": 0.05,
     "r1_weight": 0.01, "r1_every": 16, "style_mixing": 0.0,
 }  # fmt: skip
+
+STYLEGAN2_LARGE: Values = {"path_length": 2.0, "path_length_every": 4, "style_mixing": 0.9, "ema_half_life": 20.0}
+"""Beyond `STYLEGAN2_CIFAR`: what the setting for CIFAR leaves out, and the average of the larger data sets."""
 
 BY_SIZE: Mapping[int, Values] = {
     64: {
@@ -156,14 +163,16 @@ PRESETS: dict[str, Preset] = {
     "stylegan2": Preset(
         "StyleGAN2 with its projection, lazy R1 (Karras et al. 2020b).",
         {"adversarial": "non-saturating", "conditioning": "sg2-projection"}, "stylegan2", STYLEGAN2_CIFAR,
-        SMALL_STYLES,
+        SMALL_STYLES, STYLEGAN2_LARGE, {"cub200": {"r1_weight": 0.2048, "steps": 100_000}},
     ),
     "stylegan2-d2dce": Preset(
         "StyleGAN2 with D2D-CE in place of projection.",
         {"adversarial": "non-saturating", "conditioning": "d2dce", "class_weight": 0.25, "temperature": 0.25,
          "positive_margin": 0.98, "embedding_dim": 512},
-        "stylegan2", {**STYLEGAN2_CIFAR, "d_steps": 2},
-        SMALL_STYLES,
+        "stylegan2", {**STYLEGAN2_CIFAR, "d_steps": 2}, SMALL_STYLES, STYLEGAN2_LARGE,
+        {"cub200": {"r1_weight": 0.2048, "steps": 100_000, "positive_margin": 0.95, "embedding_dim": 1024},
+         "imagenet": {"batch_size": 256, "d_steps": 1, "class_weight": 0.5, "positive_margin": 0.9,
+                      "embedding_dim": 2048}},
     ),
     "wgan-gp": Preset(
         "WGAN-GP: Wasserstein critic with a gradient penalty (Gulrajani et al. 2017).",

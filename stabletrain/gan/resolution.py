@@ -25,6 +25,7 @@ CLASS_LOSSES = ("ac", "ac-normalized", "2c", "d2dce")
 """Conditionings with a class loss of their own, which twin and doubled classifiers build on."""
 COSINES = ("ac-normalized", "2c", "d2dce")
 SMALL_IMAGES = 16
+LARGE_IMAGES = 64
 
 NETWORK_FIELDS = tuple(field.name for field in dataclasses.fields(NetworkOptions) if field.name in fields_of(GanConfig))
 """Options that networks are built from."""
@@ -256,14 +257,12 @@ def _parts(config: GanConfig) -> dict[str, Any]:
     )  # fmt: skip
     neutral = {"auxiliary": "none", "augmentation": "none", "optimizer": "adam", **dict.fromkeys(weights, 0.0)}
     network = config.network or _default_network(config)
-    if network not in NETWORKS:
-        raise ConfigError(
-            f"--method {config.method} is made for a network {network!r}, which this version does not have: name "
-            f"another with --network ({', '.join(NETWORKS)})"
-        )
     defaults = {**NETWORKS[network].defaults, **NETWORKS[network].sized(_image_size(config))}
     training = _training(config)
-    parts = {**neutral, **defaults, **training, **PRESETS[config.method].parts}
+    preset = PRESETS[config.method]
+    parts = {**neutral, **defaults, **training, **preset.parts}
+    if _image_size(config) >= LARGE_IMAGES:
+        parts |= {**preset.large, **preset.by_dataset.get(config.dataset, {})}
     if _is_small(config):
         parts |= {**SMALL, **_own(PRESETS[config.method].parts, "class_weight"), **PRESETS[config.method].small}
     parts |= {**domain_of(config).values, "network": network}
