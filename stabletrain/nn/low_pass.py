@@ -1,8 +1,8 @@
 """Doubling, halving and blurring of images with the low-pass filter [1, 3, 3, 1], as StyleGAN2 does it.
 
 The filter is separable and short, so that sums of shifted images take the place of convolutions of one channel each,
-which are slow on CPUs. Outside of the image there are zeros. Source: Karras et al. 2020, Section 4 (Figure 7) and
-Appendix B.
+which are slow on CPUs. Outside of the image there are zeros. Source: Karras et al. 2020b, Section 4.1 and Figure
+7; the filter is that of the released configurations.
 """
 
 from __future__ import annotations

@@ -324,7 +324,7 @@ def _biggan_sized(size: int) -> Mapping[str, Any]:
 
 
 def _stylegan2_sized(size: int) -> Mapping[str, Any]:
-    return {"discriminator_shortcuts": not 0 < size <= 32}  # left out on CIFAR-10: Karras et al. 2020a, Appendix D
+    return {"discriminator_shortcuts": not 0 < size <= 32}  # without on CIFAR-10: Karras et al. 2020a
 
 
 _CONVOLUTIONAL = frozenset({"generator_spectral", "discriminator_spectral", "generator_norm", "discriminator_norm"})

@@ -3,7 +3,7 @@
 Latent and label become a style w by a mapping network; each convolution of the generator sees its input scaled by an
 affine function of w, and scales its outputs to the deviation that they would have for independent unit inputs. The
 generator starts from learned numbers at 4x4; at each size an image is added to the one doubled from below.
-Written from the paper. Source: Karras et al. 2020 (StyleGAN2): modulation and demodulation Section 2.2, networks
+Written from the paper. Source: Karras et al. 2020b (StyleGAN2): modulation and demodulation Section 2.2, networks
 Section 4.1, configuration F; Karras et al. 2019 (StyleGAN): mapping, noise, mixing; Karras et al. 2020a (ADA): labels.
 """
 
@@ -29,8 +29,8 @@ MAPPING_RATE = 0.01
 """Learning rate of the mapping network over that of all else."""
 WIDEST_SIZE = 64
 """Pixels up to which all layers have the full width; beyond it doubling the size halves the width."""
-GROUP = 32
-"""Samples at most that a minibatch deviation is of. Source: the CIFAR-10 setting of Karras et al. 2020a."""
+GROUP, GROUP_CIFAR = 4, 32
+"""Samples at most that a minibatch deviation is of, and up to 32 pixels. Source: StyleGAN2; ADA on CIFAR-10."""
 
 
 def channels(size: int, width: int) -> int:
@@ -68,7 +68,7 @@ def modulated_convolution(
     Shapes: images [B, H, W, I], kernel [k, k, I, O] with k odd, styles [B, I] -> [B, H, W, O], or [B, 2H, 2W, O] with
     `up`: by a transposed convolution and the filter [1, 3, 3, 1]. Without `demodulate` the kernel is s_i w_ijk. One
     convolution serves the batch: scaling inputs by s and outputs by the root is the same. The styles' type, float32 in
-    training, is that of the root. Source: Karras et al. 2020, Eq. 1 to 3 and Appendix B.
+    training, is that of the root. Source: Karras et al. 2020b, Eq. 1 to 3 and Appendix B.
     """
     dtype = images.dtype
     size = kernel.shape[0]
@@ -222,12 +222,12 @@ class StyleGAN2Generator(nn.Module):
 # --- the discriminator ------------------------------------------------------------------------------------------------
 
 
-def minibatch_deviation(images: Array, group: int = GROUP) -> Array:
+def minibatch_deviation(images: Array, group: int) -> Array:
     """[B, H, W, C] -> [B, H, W, C + 1]: beside each sample, how much the samples of its group differ.
 
     Groups are neighbours in the batch, as many as the largest divisor of B up to `group`. The new channel is the
     deviation over the group as a mean over pixels and channels, in float32. On any number of devices the groups are
-    those of the whole batch. Source: Karras et al. 2018, Section 3; groups: Karras et al. 2020, released code.
+    those of the whole batch. Source: Karras et al. 2018, Section 3; groups as in StyleGAN2.
     """
     batch, height, width, count = images.shape
     size = max(number for number in range(1, min(group, batch) + 1) if batch % number == 0)
@@ -280,6 +280,7 @@ class StyleGAN2Discriminator(nn.Module):
             )
             hidden = block(hidden)
         last = EqualizedConvolution(widths[BOTTOM], dtype=options.dtype, name="last")
-        hidden = activate(last(minibatch_deviation(hidden)))
+        group = GROUP_CIFAR if options.sample_shape[0] <= 32 else GROUP
+        hidden = activate(last(minibatch_deviation(hidden, group)))
         hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)).reshape(len(samples), -1)
         return activate(EqualizedDense(widths[BOTTOM], name="features")(hidden))
