@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import flax.linen as nn
 
 from stabletrain.diffusion.config import DiffusionConfig
 from stabletrain.diffusion.skip_mlp import SkipMLP
-from stabletrain.diffusion.unet import UNet
+from stabletrain.diffusion.unet import STYLES, UNet
 from stabletrain.diffusion.uvit import UViT
 from stabletrain.errors import ConfigError
 
@@ -39,6 +40,9 @@ def _unet(config: DiffusionConfig, shape: tuple[int, int, int], common: Mapping[
             f"{halvings + 1} levels halve the image {halvings} times, but its {size} pixels are not divisible by "
             f"{2**halvings}: use fewer --channel-multipliers or another --image-size"
         )
+    style = STYLES[config.block_style or "ddpm"]
+    if config.resample_filter:
+        style = dataclasses.replace(style, resample_filter=config.resample_filter)
     return UNet(
         image_channels=channels,
         channels=config.width,
@@ -46,6 +50,8 @@ def _unet(config: DiffusionConfig, shape: tuple[int, int, int], common: Mapping[
         blocks=config.depth,
         attention_resolutions=config.attention or (),
         heads=config.heads,
+        head_channels=config.head_channels,
+        style=style,
         dropout=config.dropout or 0.0,
         kappa_indexing=(config.kappa_indexing or "per-skip").removeprefix("per-"),
         **common,

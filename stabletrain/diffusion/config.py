@@ -22,12 +22,39 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "uvit-l4": {"backbone": "uvit", "width": 1024, "depth": 20, "heads": 16, "patch_size": 4},
     "unet-ddpm": {
         "backbone": "unet", "width": 128, "depth": 2, "channel_multipliers": (1, 2, 2, 2), "attention": (16,),
-        "heads": 1,
+        "heads": 1, "block_style": "ddpm",
+    },
+    "unet-iddpm": {
+        "backbone": "unet", "width": 128, "depth": 3, "channel_multipliers": (1, 2, 2, 2), "attention": (16, 8),
+        "heads": 4, "block_style": "iddpm",
+    },
+    "unet-iddpm64": {
+        "backbone": "unet", "width": 128, "depth": 3, "channel_multipliers": (1, 2, 3, 4), "attention": (16, 8),
+        "heads": 4, "block_style": "iddpm",
+    },
+    "unet-adm64": {
+        "backbone": "unet", "width": 192, "depth": 3, "channel_multipliers": (1, 2, 3, 4), "attention": (32, 16, 8),
+        "head_channels": 64, "block_style": "adm",
+    },
+    "unet-ddpmpp": {
+        "backbone": "unet", "width": 128, "depth": 4, "channel_multipliers": (2, 2, 2), "attention": (16,),
+        "heads": 1, "block_style": "ddpm++",
+    },
+    "unet-ddpmpp-song": {
+        "backbone": "unet", "width": 128, "depth": 4, "channel_multipliers": (1, 2, 2, 2), "attention": (16,),
+        "heads": 1, "block_style": "ddpm++",
     },
 }  # fmt: skip
-"""Published networks by name (Bao et al. 2023, Tables 1 and 6; Ho et al. 2020): what `--backbone` stands for."""
+"""Published networks by name: what `--backbone` stands for.
+
+Sources: Bao et al. 2023, Tables 1 and 6; Ho et al. 2020; Nichol and Dhariwal 2021; Dhariwal and Nichol 2021;
+Karras et al. 2022 (`unet-ddpmpp`); Song et al. 2021 (`unet-ddpmpp-song`); sizes as in the released code.
+"""
 
 BACKBONE_NAMES = ("unet", "uvit", "mlp", *PUBLISHED)
+BLOCK_STYLE_NAMES = ("ddpm", "iddpm", "adm", "ddpm++")
+RESAMPLING_STYLES = ("adm", "ddpm++")
+"""Those that change the resolution within residual blocks, with a filter."""
 SKIP_SCALING_NAMES = ("none", "sqrt2", "cs", "ls", "ls-per-skip", "const", "mp-cat", "layernorm", "learned-scalar")
 PROCESS_NAMES = ("vp-sde", "ddpm-linear", "ddpm-cosine", "edm")
 SAMPLER_NAMES = (
@@ -55,7 +82,7 @@ class DiffusionConfig(ScoreConfig):
 
     backbone: str = option(
         "unet",
-        "Network: DDPM's UNet, U-ViT, the MLP of ScaleLong's theorems, or a published size of one of them.",
+        "Network: a convolutional UNet, U-ViT, the MLP of ScaleLong's theorems, or a published size of one of them.",
         panel=NETWORK,
         choices=BACKBONE_NAMES,
     )
@@ -90,6 +117,18 @@ class DiffusionConfig(ScoreConfig):
     )
     patch_size: int = option(0, "uvit: pixels along a patch.", panel=NETWORK, minimum=0)
     heads: int = option(0, "uvit and unet: attention heads.", panel=NETWORK, minimum=0)
+    head_channels: int = option(
+        0, "unet: channels of an attention head, instead of a number of heads.", panel=NETWORK, minimum=0
+    )
+    block_style: str | None = option(
+        None,
+        "unet: residual blocks, resampling and initialisation as in DDPM, improved DDPM, ADM or EDM's DDPM++.",
+        panel=NETWORK,
+        choices=BLOCK_STYLE_NAMES,
+    )
+    resample_filter: tuple[int, ...] = option(
+        (), "unet with adm or ddpm++ blocks: taps of the resampling filter; 1 1, or NCSN++'s 1 3 3 1.", panel=NETWORK
+    )
     channel_multipliers: tuple[int, ...] = option((), "unet: channels of each level, times the width.", panel=NETWORK)
     attention: tuple[int, ...] | None = option(
         None, "unet: sizes of the feature maps that get self-attention.", panel=NETWORK
@@ -204,6 +243,9 @@ ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "channel_multipliers": ("unet",),
     "attention": ("unet",),
     "dropout": ("unet",),
+    "head_channels": ("unet",),
+    "block_style": ("unet",),
+    "resample_filter": ("unet",),
     "kappa_indexing": ("unet",),
     "gate": ("uvit",),
 }
@@ -260,6 +302,7 @@ def _shape_problems(config: DiffusionConfig) -> Iterator[str]:
             yield f"patch size {config.patch_size} does not divide the image size {config.image_size}"
     if config.heads and config.width % config.heads:
         yield f"--width {config.width} is not divisible by {config.heads} attention heads"
+    yield from _unet_problems(config)
     if config.backbone == "unet" and config.image_size and config.channel_multipliers:
         halvings = len(config.channel_multipliers) - 1
         if config.image_size % 2**halvings:
@@ -271,6 +314,31 @@ def _shape_problems(config: DiffusionConfig) -> Iterator[str]:
         for size in config.attention or ():
             if size not in sizes:
                 yield f"--attention {size} names no feature map: their sizes are {', '.join(map(str, sizes))}"
+
+
+def _unet_problems(config: DiffusionConfig) -> Iterator[str]:
+    if config.heads and config.head_channels:
+        yield f"--heads {config.heads} does nothing with --head-channels {config.head_channels}"
+    if config.head_channels and config.width and config.channel_multipliers:
+        attending = {len(config.channel_multipliers) - 1}  # the middle
+        if config.image_size:
+            attending |= {
+                level
+                for level in range(len(config.channel_multipliers))
+                if config.image_size // 2**level in (config.attention or ())
+            }
+        for level in sorted(attending):
+            width = config.width * config.channel_multipliers[level]
+            if width % config.head_channels:
+                yield f"{width} channels at level {level + 1} are no multiple of --head-channels {config.head_channels}"
+    taps = config.resample_filter
+    if taps and config.block_style not in (None, *RESAMPLING_STYLES):
+        yield (
+            f"--resample-filter does nothing with --block-style {config.block_style}: it belongs to "
+            f"{' and '.join(RESAMPLING_STYLES)}"
+        )
+    if taps and (len(taps) % 2 or not sum(taps)):
+        yield f"--resample-filter has {len(taps)} taps of sum {sum(taps)}: an even number, and no zero sum, are due"
 
 
 def _label_problems(config: DiffusionConfig) -> Iterator[str]:
@@ -321,7 +389,7 @@ PAPER_UVIT: dict[str, Any] = {
 
 PAPER_UNET: dict[str, Any] = {
     "width": 128, "depth": 2, "channel_multipliers": (1, 2, 2, 2), "attention": (16,), "heads": 1, "dropout": 0.1,
-    "kappa_indexing": "per-level",
+    "block_style": "ddpm", "kappa_indexing": "per-level",
     "steps": 800_000, "learning_rate": 2e-4, "warmup_steps": 5000, "lr_decay": "constant", "beta1": 0.9, "beta2": 0.999,
     "weight_decay": 0.0, "gradient_clip": 1.0, "ema_decay": 0.9999, "ema_ramp": False, "eval_samples": 1000,
 }  # fmt: skip
@@ -345,6 +413,28 @@ THEOREM_MLP: dict[str, Any] = {
     "weight_decay": 0.03, "gradient_clip": 0.0, "ema_decay": 0.0, "ema_ramp": False, "eval_samples": 0,
 }  # fmt: skip
 """ReLU blocks and added skips as in the theorems of Huang et al. 2023, so deep that unscaled skips do not train."""
+
+PUBLISHED_TRAINING: Mapping[str, Mapping[str, Any]] = {
+    "unet-iddpm": {
+        "steps": 500_000, "learning_rate": 1e-4, "warmup_steps": 0, "gradient_clip": 0.0, "dropout": 0.3,
+    },
+    "unet-iddpm64": {
+        "steps": 1_500_000, "learning_rate": 1e-4, "warmup_steps": 0, "gradient_clip": 0.0, "dropout": 0.0,
+    },
+    "unet-adm64": {
+        "steps": 610_352, "learning_rate": 1e-4, "warmup_steps": 2441, "gradient_clip": 0.0, "dropout": 0.1,
+        "ema_decay": 0.999943, "ema_ramp": True,
+    },
+    "unet-ddpmpp": {
+        "steps": 390_625, "learning_rate": 1e-3, "warmup_steps": 19_531, "gradient_clip": 0.0, "dropout": 0.13,
+        "ema_decay": 0.99929, "ema_ramp": True,
+    },
+}  # fmt: skip
+"""How the released code trains a network, where it is not as `PAPER_UNET`; the last two as Karras et al. 2022 do.
+
+The batches are 128 (iDDPM), 4096 (ADM, 2,500 million images) and 512 (DDPM++, 200 million): a warm-up of 10 million
+images, and averages of half-life 50 and 0.5 million images. Differs: EDM's average ramps up as 5 % of the images seen.
+"""
 
 SMALL_IMAGES = 16
 
@@ -375,7 +465,7 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
     Options that do not apply (kappa where nothing is scaled by it) stay unset; `image_size` and `patch_size` stay 0,
     "as the data are" and "a sixteenth of that", for the user's own data. Raises: `ConfigError` as `check` does.
     """
-    published = config.backbone in PUBLISHED
+    name, published = config.backbone, config.backbone in PUBLISHED
     config = named_network(config)
     own_data = config.data is not None and config.dataset == "digits"  # under no known name
     info = None if own_data else CATALOGUE.get(config.dataset)
@@ -397,7 +487,12 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
         "kappa": 0.7 if config.skip_scaling in TAKES_KAPPA else None,
         "gate": "token" if config.backbone == "uvit" and config.skip_scaling in ("ls", "ls-per-skip") else None,
         **_network_values(config, image_size, published),
+        **PUBLISHED_TRAINING.get(name, {}),
     }
+    if config.head_channels:
+        chosen["heads"] = 0
+    if config.backbone == "unet" and (config.block_style or chosen["block_style"]) in RESAMPLING_STYLES:
+        chosen["resample_filter"] = (1, 1)
     if config.skip_scaling != "cs":
         chosen.pop("kappa_indexing", None)
     if not (info and info.num_classes):  # no classifier of these data can judge samples

@@ -23,6 +23,7 @@ from stabletrain.diffusion.skips import skip_scales
 from stabletrain.diffusion.unet import AttentionBlock, ResBlock, UNet
 from stabletrain.diffusion.uvit import Block, SkipLinear, UViT
 from stabletrain.nn.convolution import Convolution
+from stabletrain.nn.resampling import doubled
 
 Array = jax.Array
 Params = Any
@@ -37,7 +38,8 @@ class SkipChain:
     `before[i]` brings h_{i+1} to the shape of s_i (the UNet's upsampling; else nothing), `merges[i]` is the linear map
     with which the decoder block takes up the two, alone, and `merge_gains[i]` what it multiplies
     ||before(h)||^2 + ||kappa s||^2 by in expectation over its own initialisation, exactly: outputs times the variance
-    of an entry. All three are empty for the additive network, whose blocks have the gain of their last matrix.
+    of an entry (the bias with which some UNets start comes on top). All three are empty for the additive network,
+    whose blocks have the gain of their last matrix.
     """
 
     inputs: Array
@@ -138,13 +140,14 @@ def _uvit_chain(network: UViT, params: Params, images: Array, times: Array, labe
 
 def _unet_chain(network: UNet, params: Params, images: Array, times: Array, labels: Array | None) -> SkipChain:
     _, time, _ = _arguments_of("mid_block_0", network, params, images, times, labels)
-    dtype, epsilon = network.dtype, network.epsilon
+    dtype, style = network.dtype, network.style
 
     def stage(name: str, features: int) -> Callable[[Array], Array]:
-        res = _bound(ResBlock(features, 0.0, epsilon, dtype), params[name], time, False)
+        res = _bound(ResBlock(features, 0.0, style, dtype), params[name], time, False)
         if f"{name}_attention" not in params:
             return res
-        attention = _bound(AttentionBlock(network.heads, epsilon, dtype), params[f"{name}_attention"])
+        heads = network.heads_of(features)
+        attention = _bound(AttentionBlock(heads, style, dtype), params[f"{name}_attention"])
         return lambda x: attention(res(x))
 
     def shortcut(name: str) -> Callable[[Array, Array], Array]:
@@ -152,15 +155,29 @@ def _unet_chain(network: UNet, params: Params, images: Array, times: Array, labe
         return lambda h, s: jnp.concatenate([h, s], axis=-1) @ kernel + bias
 
     widths = [network.channels * multiplier for multiplier in network.multipliers]
+
+    def resampled(name: str, level: int, direction: str) -> Callable[[Array], Array]:
+        block = ResBlock(widths[level], 0.0, style, dtype, direction)
+        return _bound(block, params[f"{name}_{level}"], time, False)
+
+    def downsampled(level: int) -> Callable[[Array], Array]:
+        if style.residual_resampling:
+            return resampled("downsample", level, "down")
+        padding = ((1, 1), (1, 1)) if style.pad_both_sides else "SAME"
+        convolution = Convolution(widths[level], stride=2, padding=padding, dtype=dtype)
+        return _bound(convolution, params[f"downsample_{level}"])
+
     encoders: list[Callable[[Array], Array]] = [_bound(Convolution(network.channels, dtype=dtype), params["stem"])]
     for level, width in enumerate(widths):
         encoders += [stage(f"down_{level}_{block}", width) for block in range(network.blocks)]
         if level + 1 < len(widths):
-            encoders.append(_bound(Convolution(width, stride=2, dtype=dtype), params[f"downsample_{level}"]))
+            encoders.append(downsampled(level))
 
     def upsampled(level: int) -> Callable[[Array], Array]:
+        if style.residual_resampling:
+            return resampled("upsample", level, "up")
         convolution = _bound(Convolution(widths[level], dtype=dtype), params[f"upsample_{level}"])
-        return lambda x: convolution(x.repeat(2, axis=1).repeat(2, axis=2))
+        return lambda x: convolution(doubled(x))
 
     def decoder(name: str, width: int, before: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
         out = stage(name, width)
@@ -175,15 +192,15 @@ def _unet_chain(network: UNet, params: Params, images: Array, times: Array, labe
             befores.append(before)
             merges.append(shortcut(name))
             fan_in = params[name]["shortcut"]["kernel"].shape[2]
-            gains.append(widths[level] * 2.0 / (fan_in + widths[level]))  # fan_avg uniform, of variance 1 / fan_avg
+            gains.append(widths[level] * style.variance(fan_in, widths[level]))
             before = _same
         if level:
             before = upsampled(level)
 
     mids = [
-        _bound(ResBlock(widths[-1], 0.0, epsilon, dtype), params["mid_block_0"], time, False),
-        _bound(AttentionBlock(network.heads, epsilon, dtype), params["mid_attention"]),
-        _bound(ResBlock(widths[-1], 0.0, epsilon, dtype), params["mid_block_1"], time, False),
+        _bound(ResBlock(widths[-1], 0.0, style, dtype), params["mid_block_0"], time, False),
+        _bound(AttentionBlock(network.heads_of(widths[-1]), style, dtype), params["mid_attention"]),
+        _bound(ResBlock(widths[-1], 0.0, style, dtype), params["mid_block_1"], time, False),
     ]
     exponents = network.skip_levels if network.kappa_indexing == "level" else range(network.num_skips)
     scales = skip_scales(network.skip_scaling, tuple(exponents), network.kappa)

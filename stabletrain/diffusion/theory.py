@@ -484,7 +484,7 @@ def cancellation(network: UNet, kappa: float, *, seeds: int, seed: int) -> Cance
         for i, s in enumerate(skips):
             h = parts.before[i](decoded[i + 1])
             plain, scaled = jnp.concatenate([h, s], axis=-1), jnp.concatenate([h, kappa * s], axis=-1)
-            norm = nn.GroupNorm(group_count(plain.shape[-1]), epsilon=network.epsilon, use_fast_variance=False)
+            norm = nn.GroupNorm(group_count(plain.shape[-1]), epsilon=network.style.epsilon, use_fast_variance=False)
             variables = {"params": {"scale": jnp.ones(plain.shape[-1]), "bias": jnp.zeros(plain.shape[-1])}}
             behind.append(_relative_change(norm.apply(variables, plain), norm.apply(variables, scaled)))
             before.append(_relative_change(plain, scaled))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stabletrain.diffusion.skips import SKIP_SCALINGS
-from stabletrain.diffusion.unet import UNet
+from stabletrain.diffusion.unet import STYLES, Style, UNet
 from stabletrain.diffusion.uvit import UViT
 from tests.diffusion.weights import Tree, inputs
 
@@ -31,8 +32,14 @@ UVIT_CASES: dict[str, Case] = {
 UNET_CASES: dict[str, Case] = {
     **{name: {**SMALL_UNET, "skip_scaling": name} for name in SKIP_SCALINGS},
     "cs-level": {**SMALL_UNET, "skip_scaling": "cs", "kappa_indexing": "level", "kappa": 0.5},
-    "unconditional": {**SMALL_UNET, "num_classes": 0, "epsilon": 1e-5, "heads": 1, "skip_scaling": "none"},
-}
+    "iddpm": {**SMALL_UNET, "style": STYLES["iddpm"], "skip_scaling": "none", "learned_variance": True},
+    "adm": {**SMALL_UNET, "style": STYLES["adm"], "skip_scaling": "cs", "blocks": 2, "head_channels": 4},
+    "ddpm++": {**SMALL_UNET, "style": STYLES["ddpm++"], "skip_scaling": "ls", "blocks": 2},
+    "fir": {
+        **SMALL_UNET, "style": replace(STYLES["ddpm++"], resample_filter=(1, 3, 3, 1)), "skip_scaling": "const",
+    },
+    "unconditional": {**SMALL_UNET, "num_classes": 0, "style": Style(epsilon=1e-5), "heads": 1, "skip_scaling": "none"},
+}  # fmt: skip
 
 
 def network_of(kind: str, name: str) -> UViT | UNet:

@@ -12,9 +12,11 @@ import pytest
 from stabletrain.diffusion.backbones import BACKBONES, build_network
 from stabletrain.diffusion.config import (
     BACKBONE_NAMES,
+    BLOCK_STYLE_NAMES,
     ONLY_FOR,
     PROCESS_NAMES,
     PUBLISHED,
+    RESAMPLING_STYLES,
     SAMPLER_NAMES,
     SKIP_SCALING_NAMES,
     TAKES_KAPPA,
@@ -25,6 +27,7 @@ from stabletrain.diffusion.family import FAMILY
 from stabletrain.diffusion.processes import PROCESSES
 from stabletrain.diffusion.samplers import SAMPLERS
 from stabletrain.diffusion.skips import SKIP_SCALINGS, skip_scales
+from stabletrain.diffusion.unet import STYLES
 from stabletrain.errors import ConfigError
 from stabletrain.training.config import config_hash, fields_of, make_config, run_name, to_dict
 
@@ -41,6 +44,8 @@ def test_choices_are_those_of_the_code():
     assert set(SAMPLER_NAMES) == set(SAMPLERS)
     reading = {name for name in SKIP_SCALINGS if skip_scales(name, range(3), 0.5) != skip_scales(name, range(3), 0.9)}
     assert set(TAKES_KAPPA) == reading
+    assert set(BLOCK_STYLE_NAMES) == set(STYLES)
+    assert set(RESAMPLING_STYLES) == {name for name, style in STYLES.items() if style.residual_resampling}
 
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10", "celeba64", "imagenet64"])
@@ -128,6 +133,11 @@ def test_judging_follows_the_data():
         ({"kappa": 0.5}, "--kappa does nothing with --skip-scaling none"),
         ({"backbone": "unet", "skip_scaling": "const", "kappa_indexing": "per-skip"}, "--kappa-indexing does nothing"),
         ({"backbone": "uvit", "skip_scaling": "cs", "kappa_indexing": "per-level"}, "belongs to unet"),
+        ({"backbone": "uvit", "block_style": "adm"}, "--block-style does nothing with --backbone uvit"),
+        ({"heads": 2, "head_channels": 8}, "--heads 2 does nothing with --head-channels 8"),
+        ({"head_channels": 9, "width": 16, "channel_multipliers": (1, 2)}, "32 channels at level 2 are no multiple"),
+        ({"block_style": "iddpm", "resample_filter": (1, 3, 3, 1)}, "it belongs to adm and ddpm"),
+        ({"block_style": "adm", "resample_filter": (1, 2, 1)}, "an even number"),
         ({"backbone": "mlp", "patch_size": 2}, "--patch-size does nothing with --backbone mlp"),
         ({"backbone": "uvit", "attention": (8,)}, "--attention does nothing with --backbone uvit"),
         ({"backbone": "uvit", "dropout": 0.1}, "--dropout does nothing"),
@@ -211,6 +221,14 @@ def test_family_and_config_import_no_jax():
         ("uvit-m4", "imagenet64", 130_940_292 + 768),
         ("uvit-l4", "imagenet64", 286_827_652 + 1024),
         ("unet-ddpm", "cifar10", 35_746_307),
+        # published with a learned variance, in three channels more: 9 * 128 * 3 weights and 3 biases of the last layer
+        ("unet-iddpm", "cifar10", 52_546_438 - (9 * 128 + 1) * 3),
+        ("unet-iddpm64", "celeba64", 121_063_942 - (9 * 128 + 1) * 3),
+        # as EDM trains ADM, without learned variance; with an embedding of "none" of width 4 * 192
+        ("unet-adm64", "imagenet64", 295_899_267 + 768),
+        # published with a bias-free projection of nine augmentation labels to 128 channels, which ours has not
+        ("unet-ddpmpp", "cifar10", 55_733_891 - 9 * 128),
+        ("unet-ddpmpp-song", "cifar10", 61_804_419),
     ],
 )
 def test_a_published_name_builds_the_published_network(backbone, dataset, count):
@@ -225,6 +243,25 @@ def test_a_published_name_builds_the_published_network(backbone, dataset, count)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
+def test_published_unets_have_the_published_skips_heads_and_training():
+    """Skips: 1 + levels * blocks + levels - 1."""
+    skips = {"unet-iddpm": 16, "unet-iddpm64": 16, "unet-adm64": 16, "unet-ddpmpp": 15, "unet-ddpmpp-song": 20}
+    for name, count in skips.items():
+        config = resolve(configured(backbone=name, dataset="cifar10" if "64" not in name else "imagenet64"))
+        size = config.image_size
+        assert build_network(config, (size, size, 3), num_classes=0, dtype=None).num_skips == count
+    adm = resolve(configured(backbone="unet-adm64", dataset="imagenet64"))
+    assert (adm.heads, adm.head_channels, adm.resample_filter, adm.dropout) == (0, 64, (1, 1), 0.1)
+    edm = resolve(configured(backbone="unet-ddpmpp", dataset="cifar10"))
+    assert pytest.approx(edm.ema_decay, abs=1e-5) == 0.5 ** (512 / 0.5e6)
+    assert (edm.learning_rate, edm.warmup_steps, edm.dropout) == (1e-3, 19_531, 0.13)
+
+
+def test_a_resampling_filter_reaches_the_network():
+    config = resolve(configured(block_style="ddpm++", resample_filter=(1, 3, 3, 1)))
+    assert build_network(config, (8, 8, 1), num_classes=0, dtype=None).style.resample_filter == (1, 3, 3, 1)
+
+
 def test_a_published_name_keeps_the_paper_s_training_on_small_images_too():
     assert resolve(configured(backbone="uvit-s2")).learning_rate == 2e-4
     assert resolve(configured(backbone="uvit")).learning_rate == 2e-3
@@ -235,6 +272,8 @@ def test_a_published_name_keeps_the_paper_s_training_on_small_images_too():
     [
         ({"backbone": "uvit-s2", "width": 96}, "--width 96 is not that of uvit-s2, which has 512: use --backbone uvit"),
         ({"backbone": "uvit-s2", "attention": (4,)}, "--attention does nothing with --backbone uvit"),
+        ({"backbone": "unet-adm64", "heads": 4}, "--heads 4 does nothing with --head-channels 64"),
+        ({"backbone": "unet-iddpm", "block_style": "adm"}, "--block-style adm is not that of unet-iddpm"),
         ({"backbone": "unet-ddpm", "dataset": "digits"}, "--attention 16 names no feature map"),
         ({"backbone": "uvit-s2", "gate": "pooled"}, "--gate does nothing with --skip-scaling none"),
     ],

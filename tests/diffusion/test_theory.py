@@ -12,7 +12,7 @@ import pytest
 from stabletrain.diffusion import theory as laboratory
 from stabletrain.diffusion.skip_chain import skip_chain
 from stabletrain.diffusion.theory import SCALINGS, Robustness, aligned_decoders, unrolled_bound
-from stabletrain.diffusion.unet import UNet, group_count
+from stabletrain.diffusion.unet import STYLES, Style, UNet, group_count
 from stabletrain.diffusion.uvit import UViT
 from stabletrain.methods.scalelong import theorem34_bound
 
@@ -25,7 +25,18 @@ def drawn(network, size=4):
     return params, images, times
 
 
-@pytest.mark.parametrize("network", [UVIT, UNET, laboratory.theorem_network(3, 16)], ids=["uvit", "unet", "mlp"])
+DDPMPP = UNET.clone(style=STYLES["ddpm++"])
+IDDPM = UNET.clone(style=STYLES["iddpm"], attention_resolutions=(4,), head_channels=8)
+NETWORKS = [
+    pytest.param(UVIT, id="uvit"),
+    pytest.param(UNET, id="unet"),
+    pytest.param(DDPMPP, id="ddpm++", marks=pytest.mark.slow),
+    pytest.param(IDDPM, id="iddpm", marks=pytest.mark.slow),
+    pytest.param(laboratory.theorem_network(3, 16), id="mlp"),
+]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 def test_the_parts_put_together_have_the_features_of_the_network(network):
     network = network.clone(skip_scaling="cs", kappa=0.5)
     params, images, times = drawn(network)
@@ -120,7 +131,7 @@ def test_ten_of_the_twelve_decoders_of_ddpm_have_groups_that_do_not_straddle():
 
 @pytest.mark.slow
 def test_group_norm_cancels_a_constant_coefficient_exactly_where_its_groups_are_aligned():
-    network = UNet(1, 16, (1,), 1, (), epsilon=0.0)
+    network = UNet(1, 16, (1,), 1, (), style=Style(epsilon=0.0))
     found = laboratory.cancellation(network, 0.5, seeds=1, seed=0)
     assert all(found.aligned)
     assert np.all(found.merged > 0.1)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stabletrain.diffusion.unet import ResBlock, UNet, group_norm
+from stabletrain.diffusion.skips import SKIP_SCALINGS
+from stabletrain.diffusion.unet import DDPM, STYLES, ResBlock, UNet, group_norm
 from stabletrain.methods.scalelong import constant_scales
 from tests.diffusion.cases import SMALL_UNET, UNET_CASES
 from tests.diffusion.parity import assert_same, fixture, our_numbers
@@ -58,6 +59,26 @@ def test_any_size_that_the_levels_divide(size):
     assert out.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("network", "size", "count"),
+    [
+        (UNet(3, 128, (1, 2, 2, 2), 3, (16, 8), 4, style=STYLES["iddpm"], learned_variance=True), 32, 52_546_438),
+        (UNet(3, 128, (1, 2, 3, 4), 3, (16, 8), 4, style=STYLES["iddpm"], learned_variance=True), 64, 121_063_942),
+        (
+            UNet(
+                3, 192, (1, 2, 3, 4), 3, (32, 16, 8), head_channels=64, num_classes=1000, null_label=False,
+                style=STYLES["adm"], learned_variance=True,
+            ), 64, 295_904_454,
+        ),
+        (UNet(3, 128, (2, 2, 2), 4, (16,), num_classes=10, style=STYLES["ddpm++"]), 32, 55_735_299 - 9 * 128),
+    ],
+    ids=["iddpm", "iddpm64", "adm64", "ddpm++ with labels"],
+)  # fmt: skip
+def test_the_successors_have_the_parameters_of_their_released_code(network, size, count):
+    """Counted by running the authors' code; that of DDPM++ has 9 * 128 weights more, for its augmentation labels."""
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes_of(network, size))) == count
+
+
 def test_shared_gates_are_shared_among_skips_of_one_width():
     shapes = shapes_of(UNet(1, 16, (1, 2), 1, skip_scaling="ls"))
     assert {name for name in shapes if name.startswith("gate")} == {"gate_16", "gate_32"}
@@ -89,13 +110,23 @@ def test_group_norm_adds_the_epsilon_that_was_asked_for(epsilon):
     np.testing.assert_allclose(out, x / np.sqrt(1e-6 + epsilon), rtol=1e-5)
 
 
+@pytest.mark.parametrize("style", ["iddpm", "adm", "ddpm++"])
+def test_kernels_start_with_the_variance_that_the_style_says(style):
+    """The theory laboratory counts on `variance`; a uniform draw of 64 x 64 entries measures it to some per cent."""
+    chosen = STYLES[style]
+    kernel = chosen.kernel()(jax.random.key(0), (64, 64))
+    np.testing.assert_allclose(jnp.var(kernel), chosen.variance(64, 64), rtol=0.05)
+    assert jnp.abs(chosen.kernel(0)(jax.random.key(0), (64, 64))).max() <= (0.0 if chosen.torch_init else 1e-5)
+    assert jnp.abs(chosen.bias(16)(jax.random.key(0), (8,))).max() <= 0.25
+
+
 # --- what GroupNorm does to a scaling ---------------------------------------------------------------------------------
 
 
 def test_group_norm_cancels_a_constant_kappa_in_the_convolutions_of_a_decoder_block():
     """Where no group straddles the border of [h, kappa s], the norm divides kappa out; the shortcut alone feels it."""
     h, s = jax.random.normal(jax.random.key(0), (2, 2, 4, 4, 16))
-    block, time = ResBlock(16, 0.0, 1e-6, None), jnp.zeros((2, 8))
+    block, time = ResBlock(16, 0.0, DDPM, None), jnp.zeros((2, 8))
     shapes = jax.eval_shape(lambda key: block.init(key, jnp.zeros((2, 4, 4, 32)), time, False), jax.random.key(0))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), filled(shapes["params"]))
 
@@ -150,6 +181,33 @@ def test_cs_is_the_plain_network_with_run_time_multipliers():
     by_level = 0.6 ** jnp.array(network.skip_levels)
     expected = jax.jit(scaled.clone(kappa_indexing="level").apply)({"params": params}, *args)
     np.testing.assert_allclose(run(by_level), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("style", ["iddpm", "adm", "ddpm++"])
+def test_constant_scalings_are_run_time_multipliers_in_every_style(style):
+    network, params, *args = small(style=STYLES[style])
+    run = jax.jit(lambda multipliers: network.apply({"params": params}, *args, skip_multipliers=multipliers))
+    powers = {"skip": jnp.arange(network.num_skips), "level": jnp.array(network.skip_levels)}
+    for indexing, exponents in powers.items():
+        scaled = network.clone(skip_scaling="cs", kappa=0.6, kappa_indexing=indexing)
+        np.testing.assert_allclose(scaled.apply({"params": params}, *args), run(0.6**exponents), rtol=1e-4, atol=1e-4)
+    assert jnp.abs(run(0.6 ** powers["skip"]) - run(0.6 ** powers["level"])).max() > 1e-3
+
+
+@pytest.mark.parametrize("style", ["iddpm", "adm", "ddpm++"])
+@pytest.mark.parametrize("scaling", SKIP_SCALINGS)
+def test_every_style_takes_every_scaling(style, scaling):
+    """Traced, with its gradients; numbers of some of each are compared with PyTorch above."""
+    network = UNet(**{**SMALL_UNET, "skip_scaling": scaling, "style": STYLES[style]})
+    shapes = shapes_of(network)
+
+    def loss(params: dict, images: jax.Array) -> jax.Array:
+        out = network.apply({"params": params}, images, jnp.zeros(2), jnp.zeros(2, jnp.int32), train=True)
+        assert out.shape == images.shape
+        return jnp.mean(out**2)
+
+    gradients = jax.eval_shape(jax.grad(loss), shapes, jnp.zeros((2, 8, 8, 2)))
+    assert jax.tree.structure(gradients) == jax.tree.structure(shapes)
 
 
 def test_dropout_is_random_in_training_only():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from stabletrain.diffusion.unet import DDPM
 from tests.diffusion.cases import UNET_CASES, UVIT_CASES, case_inputs, shapes_of
 from tests.diffusion.weights import by_name, filled, wave
 
@@ -117,34 +118,62 @@ def uvit(p, case, images, times, labels):
     return x.permute(0, 2, 3, 1)
 
 
+def resampled(x, direction, taps):
+    """NCHW at half or twice the resolution, by PyTorch's own pooling and interpolation or a convolution."""
+    if taps == (1, 1):
+        return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
+    line = torch.tensor(taps, dtype=x.dtype) / sum(taps)
+    kernel = torch.outer(line, line).expand(x.shape[1], 1, -1, -1)
+    margin = len(taps) // 2 - 1
+    if direction == "down":
+        return F.conv2d(x, kernel, stride=2, padding=margin, groups=x.shape[1])
+    return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=margin, groups=x.shape[1])
+
+
 def unet(p, case, images, times, labels):
     channels, multipliers, blocks = case["channels"], case["multipliers"], case["blocks"]
-    heads, epsilon = case["heads"], case.get("epsilon", 1e-6)
+    style = case.get("style", DDPM)
+    epsilon, both_branches = style.epsilon, style.residual_scale
 
     half = channels // 2
-    rates = torch.exp(torch.arange(half, dtype=times.dtype) * (-math.log(10_000.0) / (half - 1)))
+    last = half if style.time_order == "cos-sin" else half - 1
+    rates = torch.exp(torch.arange(half, dtype=times.dtype) * (-math.log(10_000.0) / last))
     angles = times[:, None] * rates
-    time = p.linear(torch.cat([angles.sin(), angles.cos()], dim=-1), "time_0")
-    time = p.linear(F.silu(time), "time_1")
-    if labels is not None:
+    waves = [angles.cos(), angles.sin()] if style.time_order == "cos-sin" else [angles.sin(), angles.cos()]
+    time = torch.cat(waves, dim=-1)
+    if labels is not None and style.label_before_mlp:
+        classes = case["num_classes"]
+        one_hot = F.one_hot(labels, classes + 1)[:, :classes].to(time.dtype)
+        time = time + p.linear(one_hot * math.sqrt(classes), "label_projection")
+    time = p.linear(F.silu(p.linear(time, "time_0")), "time_1")
+    if labels is not None and not style.label_before_mlp:
         time = time + p["label_embedding/embedding"][labels]
 
-    def resblock(x, name):
-        h = p.conv(F.silu(p.group_norm(x, f"{name}/norm1", epsilon)), f"{name}/conv1")
-        h = h + p.linear(F.silu(time), f"{name}/time")[:, :, None, None]
-        h = p.conv(F.silu(p.group_norm(h, f"{name}/norm2", epsilon)), f"{name}/conv2")
-        return (p.conv(x, f"{name}/shortcut", padding=0) if f"{name}/shortcut/kernel" in p else x) + h
+    def resblock(x, name, direction=None):
+        h = F.silu(p.group_norm(x, f"{name}/norm1", epsilon))
+        if direction:
+            h, x = (resampled(y, direction, style.resample_filter) for y in (h, x))
+        h = p.conv(h, f"{name}/conv1")
+        told = p.linear(F.silu(time), f"{name}/time")[:, :, None, None]
+        if style.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            h = torch.addcmul(shift, p.group_norm(h, f"{name}/norm2", epsilon), scale + 1)
+        else:
+            h = p.group_norm(h + told, f"{name}/norm2", epsilon)
+        h = p.conv(F.silu(h), f"{name}/conv2")
+        return both_branches * ((p.conv(x, f"{name}/shortcut", padding=0) if f"{name}/shortcut/kernel" in p else x) + h)
 
     def attention(x, name):
         batch, width, height, breadth = x.shape
+        heads = width // case["head_channels"] if case.get("head_channels") else case["heads"]
         h = p.group_norm(x, f"{name}/norm", epsilon).flatten(2).transpose(1, 2)
         q, k, v = (p.linear(h, f"{name}/{n}").unflatten(-1, (heads, -1)).transpose(1, 2) for n in "qkv")
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height * breadth, width)
-        return x + p.linear(h, f"{name}/proj").transpose(1, 2).reshape(x.shape)
+        return both_branches * (x + p.linear(h, f"{name}/proj").transpose(1, 2).reshape(x.shape))
 
     def stage(x, name):
         x = resblock(x, name)
-        return attention(x, f"{name}_attention") if x.shape[-1] in case["attention_resolutions"] else x
+        return attention(x, f"{name}_attention") if f"{name}_attention/q/kernel" in p else x
 
     def squeeze(s, name):
         return gate(p, name, s.mean(dim=(1, 2)))[:, None, None]
@@ -157,8 +186,13 @@ def unet(p, case, images, times, labels):
             skips.append(x)
             levels.append(level)
         if level < len(multipliers) - 1:
-            # "SAME" with stride 2 pads even sizes at the far end only
-            x = p.conv(F.pad(x, (0, 1, 0, 1)), f"downsample_{level}", stride=2, padding=0)
+            name = f"downsample_{level}"
+            if style.residual_resampling:
+                x = resblock(x, name, "down")
+            elif style.pad_both_sides:
+                x = p.conv(x, name, stride=2)
+            else:  # "SAME" with stride 2 pads even sizes at the far end only
+                x = p.conv(F.pad(x, (0, 1, 0, 1)), name, stride=2, padding=0)
             skips.append(x)
             levels.append(level + 1)
     x = resblock(attention(resblock(x, "mid_block_0"), "mid_attention"), "mid_block_1")
@@ -170,7 +204,9 @@ def unet(p, case, images, times, labels):
             i, s = len(skips) - 1, skips.pop().permute(0, 2, 3, 1)
             both = merged(p, case, i, x.permute(0, 2, 3, 1), s, scales[i], squeeze, f"gate_{s.shape[-1]}")
             x = stage(both.permute(0, 3, 1, 2), f"up_{level}_{block}")
-        if level:
+        if level and style.residual_resampling:
+            x = resblock(x, f"upsample_{level}", "up")
+        elif level:
             x = p.conv(F.interpolate(x, scale_factor=2, mode="nearest"), f"upsample_{level}")
     return p.conv(F.silu(p.group_norm(x, "norm", epsilon)), "final").permute(0, 2, 3, 1)
 
