@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def real_data() -> Path:
     """The folder of real data sets (marker `realdata`)."""
     return Path(os.environ["STABLETRAIN_TEST_DATA"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Programs compiled for one module are dropped at its end; kept, they fill several GiB in each process."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
