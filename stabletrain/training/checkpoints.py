@@ -15,6 +15,8 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ FOLDER = "checkpoints"
 UNFINISHED = "*.orbax-checkpoint-tmp"  # how Orbax names a checkpoint until it is complete
 DELETING = ".deleting"
 BEST = "best"
+SECONDS_FOR_READS_UNDER_WAY = 0.2
 
 
 @dataclass(frozen=True)
@@ -299,18 +302,40 @@ def _describe(layout: list[Any] | None) -> str:
 
 def _attempt(path: Path, read: Callable[[], Any]) -> Any:
     """Whatever a damaged file makes Orbax raise becomes one error; a lack of memory is no damage."""
+    with _leftovers_of_a_failure():
+        try:
+            return read()
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            why = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+        raise DamagedCheckpointError(path, why)
+
+
+@contextlib.contextmanager
+def _leftovers_of_a_failure() -> Iterator[None]:
+    """Takes in what Orbax's other reads raise outside any call, when one of them failed.
+
+    It reads all arrays at once and closes its event loop at the first failure. Reads under way then find the loop
+    closed, in TensorStore's threads; coroutines never awaited warn when they are collected. Without this, Python
+    prints all that at some later moment. After a success everything is passed on.
+    """
+    before, caught = sys.unraisablehook, list["sys.UnraisableHookArgs"]()
+    sys.unraisablehook = caught.append
     try:
-        return read()
-    except (MemoryError, jax.errors.JaxRuntimeError):
+        yield
+    except DamagedCheckpointError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            time.sleep(SECONDS_FOR_READS_UNDER_WAY)
+            gc.collect()
+        caught.clear()
         raise
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        why = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
-    # Orbax leaves coroutines that it never awaited; Python would warn of them at some later moment.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        gc.collect()
-    raise DamagedCheckpointError(path, why)
+    finally:
+        sys.unraisablehook = before
+        for unraisable in caught:
+            before(unraisable)
 
 
 @contextlib.contextmanager
