@@ -1,4 +1,4 @@
-"""From a resolved configuration to a network."""
+"""From a resolved configuration to a network and a noise process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import flax.linen as nn
 
 from stabletrain.diffusion.config import DiffusionConfig
+from stabletrain.diffusion.learned_variance import LearnedVarianceDDPM
+from stabletrain.diffusion.processes import DDPM, PROCESSES, Process
 from stabletrain.diffusion.skip_mlp import SkipMLP
 from stabletrain.diffusion.unet import STYLES, UNet
 from stabletrain.diffusion.uvit import UViT
@@ -52,6 +54,7 @@ def _unet(config: DiffusionConfig, shape: tuple[int, int, int], common: Mapping[
         heads=config.heads,
         head_channels=config.head_channels,
         style=style,
+        learned_variance=config.learned_variance,
         dropout=config.dropout or 0.0,
         kappa_indexing=(config.kappa_indexing or "per-skip").removeprefix("per-"),
         **common,
@@ -87,3 +90,11 @@ def build_network(
         "dtype": dtype,
     }
     return BACKBONES[config.backbone](config, image_shape, common)
+
+
+def build_process(config: DiffusionConfig) -> Process:
+    """The noise process of a resolved configuration."""
+    if not config.process.startswith("ddpm"):
+        return PROCESSES[config.process]()
+    kind = LearnedVarianceDDPM if config.learned_variance else DDPM
+    return kind(config.process.removeprefix("ddpm-"), config.diffusion_steps or 1000)

@@ -58,12 +58,14 @@ RESAMPLING_STYLES = ("adm", "ddpm++")
 SKIP_SCALING_NAMES = ("none", "sqrt2", "cs", "ls", "ls-per-skip", "const", "mp-cat", "layernorm", "learned-scalar")
 PROCESS_NAMES = ("vp-sde", "ddpm-linear", "ddpm-cosine", "edm")
 SAMPLER_NAMES = (
-    "ddim", "ddpm", "ddpm-large", "euler-maruyama", "ode-euler", "heun", "dpm-solver-fast", "dpm-solver-2m",
+    "ddim", "ddpm", "ddpm-large", "ddpm-learned", "euler-maruyama", "ode-euler", "heun", "dpm-solver-fast",
+    "dpm-solver-2m",
 )  # fmt: skip
 SAMPLER_PROCESSES = {
     "euler-maruyama": ("vp-sde",),
     "ode-euler": ("vp-sde", "edm"),
     "dpm-solver-fast": ("vp-sde", "edm"),
+    "ddpm-learned": ("ddpm-linear", "ddpm-cosine"),
 }
 """The processes that a sampler can follow, where not all."""
 
@@ -148,6 +150,15 @@ class DiffusionConfig(ScoreConfig):
         "Noise process; the network predicts the noise, or with edm the preconditioned image.",
         panel=PROCESS,
         choices=PROCESS_NAMES,
+    )
+
+    diffusion_steps: int | None = option(
+        None, "ddpm-linear and ddpm-cosine: levels of noise; 1,000 unless given.", panel=PROCESS, minimum=2
+    )
+    learned_variance: bool = option(
+        False,
+        "unet with ddpm-linear or ddpm-cosine: the network says the variance of the steps of --sampler ddpm-learned.",
+        panel=PROCESS,
     )
 
     sampler: str = option("ddim", "Sampler of the evaluation.", panel=SAMPLING, choices=SAMPLER_NAMES)
@@ -247,6 +258,7 @@ ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "block_style": ("unet",),
     "resample_filter": ("unet",),
     "kappa_indexing": ("unet",),
+    "learned_variance": ("unet",),
     "gate": ("uvit",),
 }
 """Options that only some backbones have."""
@@ -353,24 +365,36 @@ def _label_problems(config: DiffusionConfig) -> Iterator[str]:
         yield f"--guidance {config.guidance} needs a network that was trained without labels too: raise --label-dropout"
 
 
-def sampler_problem(sampler: str, process: str, steps: int) -> str | None:
+def sampler_problem(config: DiffusionConfig, sampler: str, steps: int) -> str | None:
     """Why a sampler of so many network evaluations cannot follow a process, as the user reads it; None if it can."""
+    process = config.process
+    if sampler == "ddpm-learned" and not config.learned_variance:
+        return "--sampler ddpm-learned asks the network for a variance, which only one with --learned-variance says"
     processes = SAMPLER_PROCESSES.get(sampler, PROCESS_NAMES)
     if process not in processes:
         return (
-            f"--sampler {sampler} solves a differential equation in continuous time, which {process} is not: "
+            f"--sampler {sampler} cannot follow {process}, which is in {_kind_of_time(process)} time: "
             f"it needs --process {' or '.join(processes)}"
         )
-    levels = (steps + 1) // 2 if sampler == "heun" else steps
-    if process.startswith("ddpm") and levels > 1000:
-        return f"--sampling-steps {steps} asks for more than the 1000 levels of {process}"
+    levels, there_are = (steps + 1) // 2 if sampler == "heun" else steps, config.diffusion_steps or 1000
+    if process.startswith("ddpm") and levels > there_are:
+        return f"--sampling-steps {steps} asks for more than the {there_are} levels of {process}"
     return None
 
 
+def _kind_of_time(process: str) -> str:
+    return "discrete" if process.startswith("ddpm") else "continuous"
+
+
 def _sampler_problems(config: DiffusionConfig) -> Iterator[str]:
-    problem = sampler_problem(config.sampler, config.process, config.sampling_steps)
+    problem = sampler_problem(config, config.sampler, config.sampling_steps)
     if problem:
         yield problem
+    if not config.process.startswith("ddpm"):
+        for name in ("diffusion_steps", "learned_variance"):
+            if getattr(config, name):
+                flag = "--" + name.replace("_", "-")
+                yield f"{flag} does nothing with --process {config.process}: it belongs to ddpm-linear and ddpm-cosine"
     if config.churn and (config.sampler, config.process) != ("heun", "edm"):
         yield f"--churn does nothing with --sampler {config.sampler} on {config.process}: it belongs to heun on edm"
     if config.ddim_eta is not None and config.sampler != "ddim":
@@ -480,6 +504,7 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
         "score_split": None if info is None or config.data else "test" if info.test_count else "train",
         "horizontal_flip": bool(info and info.channels == 3),
         "class_conditional": conditional,
+        "diffusion_steps": 1000 if config.process.startswith("ddpm") else None,
         "ddim_eta": 0.0 if config.sampler == "ddim" else None,
         "churn": 0.0 if (config.sampler, config.process) == ("heun", "edm") else None,
         "label_dropout": 0.1 if conditional else 0.0,

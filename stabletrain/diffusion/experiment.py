@@ -21,9 +21,9 @@ from stabletrain.data.images import to_float
 from stabletrain.data.load import load_dataset
 from stabletrain.data.order import batch_indices
 from stabletrain.data.spec import Dataset, DataSpec, Split
-from stabletrain.diffusion.backbones import build_network
+from stabletrain.diffusion.backbones import build_network, build_process
 from stabletrain.diffusion.config import DiffusionConfig, filled
-from stabletrain.diffusion.processes import PROCESSES, Array, noised
+from stabletrain.diffusion.processes import Array, noised
 from stabletrain.diffusion.sampling import Generator, Settings, grid_labels, grid_png
 from stabletrain.errors import ConfigError, DataError
 from stabletrain.metrics.scoring import refuse_unjudgeable, score_images
@@ -97,7 +97,7 @@ class DiffusionExperiment:
         self.image_shape = (data_spec.image_size, data_spec.image_size, data_spec.channels)
         self._check_data()
 
-        self.process = PROCESSES[config.process]()
+        self.process = build_process(config)
         self.network = build_network(
             config, self.image_shape, num_classes=self.num_classes, dtype=compute_dtype(config.precision)
         )

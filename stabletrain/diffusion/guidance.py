@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from stabletrain.diffusion.processes import Array, Network
 
 LabelledNetwork = Callable[[Array, Array, Array], Array]
-"""(noisy [B, H, W, C], network times [B], labels [B]) -> [B, H, W, C]."""
+"""(noisy [B, H, W, C], network times [B], labels [B]) -> [B, H, W, C], or 2 C with a learned variance."""
 
 
 def guided(network: LabelledNetwork, labels: Array, null_label: int, scale: float) -> Network:
@@ -37,6 +37,8 @@ def guided(network: LabelledNetwork, labels: Array, null_label: int, scale: floa
             jnp.concatenate([noisy, noisy]), jnp.concatenate([times, times]), jnp.concatenate([labels, nothing])
         )
         conditional, unconditional = jnp.split(out, 2)
-        return unconditional + scale * (conditional - unconditional)
+        mixed = unconditional + scale * (conditional - unconditional)
+        # A learned variance, in the channels behind the noise, is that of the labelled network.
+        return jnp.concatenate([mixed[..., : noisy.shape[-1]], conditional[..., noisy.shape[-1] :]], axis=-1)
 
     return both

@@ -38,6 +38,9 @@ class Estimate(NamedTuple):
 
     clean: Array  # [B, H, W, C]
     noise: Array  # [B, H, W, C]
+    variance_share: Array | None = None
+    """[B, H, W, C], of networks that say their variance: where it lies between the two of `ddpm` (0) and `ddpm-large`
+    (1), on a logarithmic scale."""
 
 
 class Process(Protocol):
@@ -105,7 +108,8 @@ def clip_clean(process: Process, estimate: Estimate, noisy: Array, times: Array)
     """The estimate with its clean image clipped to [-1, 1] and its noise made to agree with that."""
     alpha, sigma = process.marginal(times)
     clean = jnp.clip(estimate.clean, -1.0, 1.0)
-    return Estimate(clean, (noisy - over_pixels(alpha, noisy) * clean) / over_pixels(sigma, noisy))
+    noise = (noisy - over_pixels(alpha, noisy) * clean) / over_pixels(sigma, noisy)
+    return Estimate(clean, noise, estimate.variance_share)
 
 
 def _noise_estimate(process: Process, network_times: Array, network: Network, noisy: Array, times: Array) -> Estimate:
@@ -317,4 +321,4 @@ PROCESSES: Mapping[str, Callable[[], Process]] = {
     "ddpm-cosine": lambda: DDPM("cosine"),
     "edm": EDM,
 }
-"""By the name of the option `--process`."""
+"""By the name of the option `--process`, with as many steps as the papers have."""

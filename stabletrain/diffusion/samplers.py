@@ -13,11 +13,12 @@ adds no noise (d = 0): leaving it in is a known way of spoiling samples.
 
 **Source** Ho et al. 2020 (ancestral); Song, Meng and Ermon 2021 (DDIM); Song et al. 2021 (reverse SDE and probability
 flow), on the grid of the official ScaleLong and U-ViT code: {0} and 1,000 equal steps from 1e-3 to 1; Lu et al. 2022
-(DPM-Solver, DPM-Solver++); Karras et al. 2022 (Heun, with churn).
+(DPM-Solver, DPM-Solver++); Karras et al. 2022 (Heun, with churn); Nichol and Dhariwal 2021 (a learned variance).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -53,6 +54,8 @@ class Plan:
     noise: np.ndarray
     fresh: np.ndarray
     memory: Memory | None = None
+    small_fresh: np.ndarray | None = None
+    """Where the network says its variance: the coefficient for a share of 0, `fresh` being that for 1."""
 
     @property
     def steps(self) -> int:
@@ -110,6 +113,16 @@ def ddpm(process: Process, steps: int) -> Plan:
     Source: Ho et al. 2020, Eqs. 6 and 7; with fewer steps than levels, the same for the coarser chain.
     """
     return _ancestral(process, steps, large=False)
+
+
+def ddpm_learned(process: Process, steps: int) -> Plan:
+    """Ancestral sampling with a variance between those two, as the network says for each pixel.
+
+    Source: Nichol and Dhariwal 2021, Eq. 15; with fewer steps than levels, between the coarser chain's (Section 4).
+    Differs: the last step adds no noise, as everywhere here. `follow` raises `TypeError` for a network that says none.
+    """
+    plan, small = _ancestral(process, steps, large=True), _ancestral(process, steps, large=False)
+    return dataclasses.replace(plan, small_fresh=small.fresh)
 
 
 def ddpm_large(process: Process, steps: int) -> Plan:
@@ -287,6 +300,7 @@ SAMPLERS: Mapping[str, Callable[[Process, int], Plan]] = {
     "ddim": ddim,
     "ddpm": ddpm,
     "ddpm-large": ddpm_large,
+    "ddpm-learned": ddpm_learned,
     "euler-maruyama": euler_maruyama,
     "ode-euler": ode_euler,
     "heun": heun,
@@ -322,15 +336,21 @@ def follow(process: Process, plan: Plan, network: Network, start: Array, keys: A
     if plan.memory is not None:
         return _follow_with_memory(process, plan, plan.memory, network, start, keys, clip)
     random = bool(np.any(plan.fresh))
-    columns = np.stack([plan.noisy, plan.clean, plan.noise, plan.fresh], axis=1)  # (N, 4)
+    least = plan.fresh if plan.small_fresh is None else plan.small_fresh
+    columns = np.stack([plan.noisy, plan.clean, plan.noise, plan.fresh, least], axis=1)  # (N, 5)
 
     def step(noisy: Array, now: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        index, time, (of_noisy, of_clean, of_noise, of_fresh) = now
+        index, time, (of_noisy, of_clean, of_noise, of_fresh, of_least) = now
         times = jnp.full(noisy.shape[:1], time)
         estimate = process.estimate(network, noisy, times)
         if clip:
             estimate = clip_clean(process, estimate, noisy, times)
         moved = of_noisy * noisy + of_clean * estimate.clean + of_noise * estimate.noise
+        if plan.small_fresh is not None:
+            if estimate.variance_share is None:
+                raise TypeError(f"{type(process).__name__}'s networks say no variance")
+            share = estimate.variance_share
+            of_fresh = jnp.where(of_least > 0, of_fresh**share * of_least ** (1.0 - share), 0.0)
         if random:
             moved = moved + of_fresh * _normal(keys, index + 1, noisy.shape[1:])
         return moved.astype(start.dtype), None
@@ -363,7 +383,7 @@ def _follow_with_memory(
         moved = moved + of[3] * old[0] + of[4] * old[1] + of[5] * old[2]
         image, clean, noise = (
             jnp.where(keep, new, before).astype(start.dtype)
-            for new, before in zip((noisy, *estimate), old, strict=True)
+            for new, before in zip((noisy, estimate.clean, estimate.noise), old, strict=True)
         )
         return (moved.astype(start.dtype), image, clean, noise), None
 

@@ -209,7 +209,7 @@ def _settings_of(experiment: DiffusionExperiment, options: SampleOptions) -> Set
             raise ConfigError(f"--skip-multipliers takes 1 or {count} numbers (one per skip), not {len(given)}")
         changes["skip_multipliers"] = given * count if len(given) == 1 else given
     settings = dataclasses.replace(own, **changes)
-    if problem := sampler_problem(settings.sampler, config.process, settings.steps):
+    if problem := sampler_problem(config, settings.sampler, settings.steps):
         raise ConfigError(f"{problem}; this model was trained on {config.process}")
     return settings
 

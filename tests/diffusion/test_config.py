@@ -57,7 +57,7 @@ def test_a_resolved_config_leaves_nothing_open_that_applies(dataset, backbone, s
     for name in ("steps", "image_size", "width", "depth", "learning_rate"):
         assert values[name] > 0, name
     not_applicable = {
-        "data", "best_metric", "inception", "kappa_indexing", "churn", "gate",
+        "data", "best_metric", "inception", "kappa_indexing", "churn", "gate", "diffusion_steps",
         *(() if scaling in TAKES_KAPPA else ("kappa",)),
         *(() if config.class_conditional else ("guidance",)),
         *(name for name, backbones in ONLY_FOR.items() if backbone not in backbones),
@@ -65,6 +65,7 @@ def test_a_resolved_config_leaves_nothing_open_that_applies(dataset, backbone, s
     for name, value in values.items():
         if name not in not_applicable:
             assert value is not None, name
+    assert resolve(configured(process="ddpm-cosine", backbone=backbone)).diffusion_steps == 1000
     if backbone == "unet" and scaling == "cs":
         # twelve skips counted one by one would reach kappa^11; four may be
         assert config.kappa_indexing == ("per-skip" if dataset == "digits" else "per-level")
