@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stabletrain.continual.aggregators.gram_weights import Aggregator, make_aggregator
+from stabletrain.continual.aggregators.elementwise import (
+    ElementwiseAggregator,
+    add_parts,
+    chosen_of,
+    combine_elements,
+    uniforms,
+)
+from stabletrain.continual.aggregators.gram_weights import Aggregator, make_aggregator, weigh
+from stabletrain.continual.aggregators.learned_weights import WEIGHT_RATE
+from stabletrain.continual.aggregators.transform import gram_matrix, weighted_sum
 from stabletrain.continual.baselines import RULES
 from stabletrain.continual.config import ContinualConfig, filled
 
@@ -26,10 +35,10 @@ class Aggregated:
     update: Params
     losses: Array  # [K]
     gram: Array  # [K, K]
-    weights: Array  # [K]
+    slopes: Array  # [K]: <g_i, update>
+    square: Array  # ||update||^2
     state: Any
     auxiliary: dict[str, Any]  # each leaf with the slots first
-    indicators: dict[str, Array]
 
 
 class Aggregation:
@@ -44,17 +53,18 @@ class Aggregation:
         self.width = width
         self._memory = config.gradient_memory
         self._rule = RULES.get(self.name)
-        self._aggregator: Aggregator | None = None
+        self._aggregator: Aggregator | ElementwiseAggregator | None = None
         if self._rule is None:
             self._aggregator = make_aggregator(
                 self.name,
                 alpha=10.0 if config.decomposition_alpha is None else config.decomposition_alpha,
                 scale=config.aggregator_scale or "min",
+                rate=WEIGHT_RATE if config.weight_rate is None else config.weight_rate,
             )
 
     def init(self) -> Any:
-        """What the aggregator remembers before the first step; {} for a rule."""
-        return {} if self._aggregator is None else self._aggregator.init(self.width)
+        """What the aggregator remembers before the first step; {} for a rule and for one of single elements."""
+        return self._aggregator.init(self.width) if isinstance(self._aggregator, Aggregator) else {}
 
     def update(
         self,
@@ -71,86 +81,150 @@ class Aggregation:
     ) -> Aggregated:
         """The aggregate of the gradients of the slots that are `on` [K]; a single gradient is taken as it is."""
 
-        def weigh(losses: Array, gram: Array) -> tuple[Array, Any]:
+        if isinstance(self._aggregator, ElementwiseAggregator):
+            select = _elements_at_once if self._memory == "fast" else _elements_one_by_one
+            return select(self._aggregator, loss_of, params, slots, on, key, state)
+
+        def weights_of(losses: Array, gram: Array) -> tuple[Array, Any]:
             if self._rule is not None:
-                return self._rule(gram, losses, current, memory), state
-            assert self._aggregator is not None
+                weights = self._rule(gram, losses, current, memory)
+                return jnp.where(jnp.sum(on) > 1, weights, on.astype(weights.dtype)), state
+            assert isinstance(self._aggregator, Aggregator)
             # By identity, which is unique among the slots that are on; the others fall off the end.
             place = jnp.where(on, identity, self.width)
             rows = jnp.zeros((self.width, self.width)).at[place[:, None], place[None, :]].set(gram, mode="drop")
             kept = jnp.zeros(self.width).at[place].set(losses, mode="drop")
             mask = jnp.zeros(self.width, bool).at[place].set(on, mode="drop")
-            weights, new = self._aggregator.weights(rows, kept, mask, key, state)
+            weights, new = weigh(self._aggregator, rows, kept, mask, key, state)
             return jnp.where(on, weights[identity], 0.0), new
 
-        several = jnp.sum(on) > 1
-
-        def weights_of(losses: Array, gram: Array) -> tuple[Array, Any]:
-            weights, new = weigh(losses, gram)
-            return jnp.where(several, weights, on.astype(weights.dtype)), new
-
         found = _at_once if self._memory == "fast" else _one_by_one
-        update, losses, gram, weights, new, auxiliary = found(loss_of, params, slots, on, weights_of)
-        return Aggregated(update, losses, gram, weights, new, auxiliary, {})
+        return found(loss_of, params, slots, on, weights_of)
 
 
 WeightsOf = Callable[[Array, Array], tuple[Array, Any]]
-Found = tuple[Params, Array, Array, Array, Any, dict[str, Any]]
 
 
-def _gram(gradients: Params) -> Array:
-    """[K, K] in float32 from gradients whose leaves have K rows."""
-
-    def of_leaf(leaf: Array) -> Array:
-        rows = leaf.reshape(len(leaf), -1)
-        return jnp.einsum("ip,jp->ij", rows, rows, precision="highest")
-
-    return sum((of_leaf(leaf) for leaf in jax.tree.leaves(gradients)), start=jnp.zeros(()))
+def _of_weights(update: Params, losses: Array, gram: Array, weights: Array, new: Any, auxiliary: Any) -> Aggregated:
+    slopes = gram @ weights
+    return Aggregated(update, losses, gram, slopes, weights @ slopes, new, auxiliary)
 
 
-def _at_once(loss_of: SlotLoss, params: Params, slots: Any, on: Array, weights_of: WeightsOf) -> Found:
-    """All gradients by one vmapped backward pass; they are held together, K times the parameters."""
+def _all_gradients(loss_of: SlotLoss, params: Params, slots: Any, on: Array) -> tuple[Array, dict[str, Any], Params]:
+    """Losses [K], what comes beside them, and gradients [K, ...] by one vmapped backward pass; zeros where off."""
     differentiate = jax.vmap(jax.value_and_grad(loss_of, has_aux=True), in_axes=(None, 0))
     (losses, auxiliary), gradients = differentiate(params, slots)
     gradients = jax.tree.map(lambda g: jnp.where(on.reshape(-1, *[1] * (g.ndim - 1)), g, 0.0), gradients)
-    gram = _gram(gradients)
+    return losses, auxiliary, gradients
+
+
+def _at_once(loss_of: SlotLoss, params: Params, slots: Any, on: Array, weights_of: WeightsOf) -> Aggregated:
+    """All gradients are held together, K times the parameters."""
+    losses, auxiliary, gradients = _all_gradients(loss_of, params, slots, on)
+    gram = gram_matrix(gradients)
     weights, new = weights_of(losses, gram)
-    update = jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), gradients)
-    return update, losses, gram, weights, new, auxiliary
+    return _of_weights(weighted_sum(weights, gradients), losses, gram, weights, new, auxiliary)
 
 
-def _one_by_one(loss_of: SlotLoss, params: Params, slots: Any, on: Array, weights_of: WeightsOf) -> Found:
-    """Never more than two gradients at a time: <g_i, g_j> is the derivative of loss j along g_i.
+def _elements_at_once(
+    rule: ElementwiseAggregator, loss_of: SlotLoss, params: Params, slots: Any, on: Array, key: Array, state: Any
+) -> Aggregated:
+    """The rule on the leaves of all gradients."""
+    losses, auxiliary, gradients = _all_gradients(loss_of, params, slots, on)
+    update = combine_elements(rule, gradients, on, key)
+    rows = zip(jax.tree.leaves(gradients), jax.tree.leaves(update), strict=True)
+    slopes = sum(
+        (jnp.tensordot(g.reshape(len(on), -1), u.reshape(-1), 1, precision="highest") for g, u in rows),
+        start=jnp.zeros(len(on)),
+    )
+    return Aggregated(update, losses, gram_matrix(gradients), slopes, _square(update), state, auxiliary)
 
-    Two backward passes for each gradient, and one forward-mode pass for each pair; slots that are off cost nothing. The
-    Gram matrix and the update are those of `_at_once` up to rounding.
-    """
+
+def _square(update: Params) -> Array:
+    return sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(update)), start=jnp.zeros(()))
+
+
+# --- one gradient at a time -------------------------------------------------------------------------------------------
+
+
+def _slot_at(slots: Any, i: Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i], slots)
+
+
+def _slope_along(loss_of: SlotLoss, params: Params, slot: Any, direction: Params) -> Array:
+    """<g, direction> of the slot's gradient g, by forward mode."""
+    return jax.jvp(lambda p: loss_of(p, slot)[0], (params,), (direction,))[1]
+
+
+def _gram_one_by_one(loss_of: SlotLoss, params: Params, slots: Any, on: Array) -> tuple[Array, Array, dict[str, Any]]:
+    """Losses [K], Gram matrix [K, K] and auxiliaries: <g_i, g_j> is the derivative of loss j along g_i."""
     count = len(on)
 
-    def slot_at(i: Array) -> Any:
-        return jax.tree.map(lambda leaf: leaf[i], slots)
-
     def row_of(i: Array) -> tuple[Array, Array, dict[str, Any]]:
-        (loss, auxiliary), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, slot_at(i))
+        (loss, auxiliary), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, _slot_at(slots, i))
 
         def along(j: Array) -> Array:
-            def slope() -> Array:
-                return jax.jvp(lambda p: loss_of(p, slot_at(j))[0], (params,), (gradient,))[1]
-
-            return lax.cond(on[i] & on[j] & (j >= i), slope, lambda: jnp.zeros(()))
+            wanted = on[i] & on[j] & (j >= i)
+            return lax.cond(
+                wanted,
+                lambda: _slope_along(loss_of, params, _slot_at(slots, j), gradient),
+                lambda: jnp.zeros(()),
+            )
 
         return loss, lax.map(along, jnp.arange(count)), auxiliary
 
     losses, upper, auxiliary = lax.map(row_of, jnp.arange(count))
-    gram = upper + upper.T - jnp.diag(jnp.diagonal(upper))
+    return losses, upper + upper.T - jnp.diag(jnp.diagonal(upper)), auxiliary
+
+
+def _accumulated(
+    loss_of: SlotLoss, params: Params, slots: Any, wanted: Array, add: Callable[[Array, Any, Params], Any], start: Any
+) -> Any:
+    """`add(i, total, gradient of slot i)` over the slots that are wanted; the others cost nothing."""
+
+    def body(i: Array, total: Any) -> Any:
+        def added() -> Any:
+            return add(i, total, jax.grad(lambda p: loss_of(p, _slot_at(slots, i))[0])(params))
+
+        return lax.cond(wanted[i], added, lambda: total)
+
+    return lax.fori_loop(0, len(wanted), body, start)
+
+
+def _one_by_one(loss_of: SlotLoss, params: Params, slots: Any, on: Array, weights_of: WeightsOf) -> Aggregated:
+    """Never more than two gradients at a time.
+
+    Two backward passes for each gradient, and one forward-mode pass for each pair; slots that are off cost nothing. The
+    Gram matrix and the update are those of `_at_once` up to rounding.
+    """
+    losses, gram, auxiliary = _gram_one_by_one(loss_of, params, slots, on)
     weights, new = weights_of(losses, gram)
 
-    def add(i: Array, total: Params) -> Params:
-        def added() -> Params:
-            gradient = jax.grad(lambda p: loss_of(p, slot_at(i))[0])(params)
-            return jax.tree.map(lambda t, g: t + weights[i] * g, total, gradient)
+    def add(i: Array, total: Params, gradient: Params) -> Params:
+        return jax.tree.map(lambda t, g: t + weights[i] * g, total, gradient)
 
-        return lax.cond(weights[i] != 0, added, lambda: total)
+    update = _accumulated(loss_of, params, slots, weights != 0, add, jax.tree.map(jnp.zeros_like, params))
+    return _of_weights(update, losses, gram, weights, new, auxiliary)
 
-    update = lax.fori_loop(0, count, add, jax.tree.map(jnp.zeros_like, params))
-    return update, losses, gram, weights, new, auxiliary
+
+def _elements_one_by_one(
+    rule: ElementwiseAggregator, loss_of: SlotLoss, params: Params, slots: Any, on: Array, key: Array, state: Any
+) -> Aggregated:
+    """The rule's sums in one pass over the slots, the update in a second one: a few times the parameters, not K."""
+    losses, gram, auxiliary = _gram_one_by_one(loss_of, params, slots, on)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    none = jax.tree.map(lambda leaf: tuple(jnp.zeros_like(part) for part in rule.parts(leaf)), params)
+    sums = _accumulated(loss_of, params, slots, on, lambda i, total, g: add_parts(rule, total, g), none)
+    drawn = uniforms(key, params)
+
+    def add(i: Array, total: Params, gradient: Params) -> Params:
+        return jax.tree.map(jnp.add, total, chosen_of(rule, gradient, sums, drawn))
+
+    update = _accumulated(loss_of, params, slots, on, add, nothing)
+
+    def slope(i: Array) -> Array:
+        found = _slope_along(loss_of, params, _slot_at(slots, i), update)
+        return jnp.where(on[i], found, 0.0)
+
+    slopes = lax.map(slope, jnp.arange(len(on)))
+    return Aggregated(update, losses, gram, slopes, _square(update), state, auxiliary)

@@ -93,6 +93,9 @@ class ContinualConfig(TrainConfig):
         None, "spcl and aligned: length that the conditioned gradients get.", panel=METHOD,
         choices=("min", "median", "rmse", "none"),
     )  # fmt: skip
+    weight_rate: float | None = option(
+        None, "uw and gradnorm: learning rate of the weights that they learn (0.025).", panel=METHOD, minimum=0.0
+    )
     gradient_memory: str = option(
         "fast", "Gradients of all tasks at once (fast), or one at a time and twice (low).", panel=METHOD,
         choices=("fast", "low"),
@@ -184,6 +187,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
 
 FORWARD_OPTIONS = ("orthogonality_weight", "orthogonality_layers", "orthogonality_when")
 SCALED = ("spcl", "spcl-released", "aligned-mtl")
+LEARNED = ("uw", "gradnorm")
 
 
 def _given(value: Any) -> bool:
@@ -249,6 +253,8 @@ def _method_problems(config: ContinualConfig, whole: ContinualConfig) -> Iterato
         yield f"--decomposition-alpha does nothing with --aggregator {rule}: it belongs to spcl"
     if config.aggregator_scale is not None and rule not in SCALED:
         yield f"--aggregator-scale does nothing with --aggregator {rule}: it belongs to {', '.join(SCALED)}"
+    if config.weight_rate is not None and rule not in LEARNED:
+        yield f"--weight-rate does nothing with --aggregator {rule}: it belongs to {' and '.join(LEARNED)}"
     without_memory = whole.memory_per_class == 0
     if without_memory and config.buffer is not None:
         yield "--buffer does nothing with --memory-per-class 0"
@@ -372,6 +378,8 @@ def resolve(config: ContinualConfig) -> ContinualConfig:
         chosen |= {"decomposition_alpha": 10.0}
     if whole.aggregator in SCALED:
         chosen |= {"aggregator_scale": "rmse" if whole.aggregator == "spcl" else "min"}
+    if whole.aggregator in LEARNED:
+        chosen |= {"weight_rate": 0.025}
     if whole.distill_weight:
         chosen |= {"replay_weight": 0.0}
     if whole.orthogonality != "none":

@@ -39,8 +39,10 @@ def condition(gram: Array, mask: Array) -> Array:
     return jnp.where((count > 1) & (largest > 0), found, 1.0)
 
 
-def gram_indicators(gram: Array, mask: Array, weights: Array) -> dict[str, Array]:
-    """The indicators of gradients `mask` [K] with Gram matrix [K, K] and of their update sum_i w_i g_i.
+def gram_indicators(gram: Array, mask: Array, slopes: Array, square: Array) -> dict[str, Array]:
+    """The indicators of gradients `mask` [K] with Gram matrix [K, K] and of their update d.
+
+    `slopes` [K]: <g_i, d>; `square`: ||d||^2. For d = sum_i w_i g_i they are M w and w^T M w.
 
     Pairs are those of two gradients that are there; with fewer than two, cosines and similarity are 1, the conflict
     rate is 0.
@@ -60,8 +62,7 @@ def gram_indicators(gram: Array, mask: Array, weights: Array) -> dict[str, Array
     values = _eigenvalues(gram, mask)
     shares = values / jnp.where(values.sum() > 0, values.sum(), 1.0)
     entropy = -jnp.sum(jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), 0.0))
-    slopes = gram @ weights  # <g_i, d>
-    length = jnp.sqrt(jnp.maximum(weights @ slopes, 0.0))
+    length = jnp.sqrt(jnp.maximum(square, 0.0))
     progress = slopes / jnp.where(present & (length > 0), norms * length, 1.0)
     return {
         "condition": condition(gram, mask),

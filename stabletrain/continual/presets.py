@@ -20,7 +20,8 @@ BUFFER_NAMES = (*AT_TASK_END, *FROM_STREAM)
 
 AGGREGATOR_NAMES = (
     "sum", "mean", "norm", "mgda", "nmgda", "pcgrad", "gradvac", "cagrad", "imtl-g", "aligned-mtl", "upgrad",
-    "dualproj", "config", "rlw", "dwa", "spcl", "spcl-released",
+    "dualproj", "config", "rlw", "dwa", "nash-mtl", "graddrop", "uw", "gradnorm", "maxdo", "emgd", "spcl",
+    "spcl-released",
 )  # fmt: skip
 """`stabletrain.continual.aggregators.gram_weights.AGGREGATORS` by name: the memory is one task more."""
 
@@ -52,6 +53,12 @@ _MTL = {
     "config": "ConFIG: equal cosines with all gradients (Liu et al. 2024).",
     "rlw": "Random loss weights (Lin et al. 2022).",
     "dwa": "DWA: weights from the rates of the losses (Liu et al. 2019).",
+    "nash-mtl": "Nash-MTL: the tasks' bargaining solution (Navon et al. 2022).",
+    "graddrop": "GradDrop: each element keeps one sign, drawn by its purity (Chen et al. 2020).",
+    "uw": "UW: weights from learned uncertainties of the losses (Kendall et al. 2018).",
+    "gradnorm": "GradNorm: learned weights that balance the lengths of the gradients (Chen et al. 2018).",
+    "maxdo": "MaxDO: the least largest asymmetric distance to a task's gradient (Lyu et al. 2023).",
+    "emgd": "EMGD: shortest combination with elastic factors (Lyu et al. 2024), without its memory editing.",
 }  # fmt: skip
 
 _FORWARD = {"orthogonality": "dbt", "orthogonality_weight": 1e-3}

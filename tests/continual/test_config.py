@@ -62,6 +62,7 @@ BAD = {
     "--class-range takes the smallest": {"class_range": (5, 2)},
     "--decomposition-alpha does nothing with --aggregator er": {"method": "er", "decomposition_alpha": 1.0},
     "--aggregator-scale does nothing with --aggregator sum": {"method": "sum", "aggregator_scale": "rmse"},
+    "--weight-rate does nothing with --aggregator sum": {"method": "sum", "weight_rate": 0.1},
     "--buffer does nothing with --memory-per-class 0": {"memory_per_class": 0, "buffer": "released"},
     "--aggregator agem is a rule for a memory": {"method": "agem", "memory_per_class": 0},
     "the logits of DER are stored": {"method": "der", "buffer": "released"},

@@ -19,7 +19,8 @@ GOLDEN = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 
 
 def test_golden_values_of_two_conflicting_gradients():
-    found = gram_indicators(GOLDEN @ GOLDEN.T, jnp.array([True, True]), jnp.ones(2))
+    gram = GOLDEN @ GOLDEN.T
+    found = gram_indicators(gram, jnp.array([True, True]), gram @ jnp.ones(2), jnp.sum(gram))
     np.testing.assert_allclose(found["mean_cosine"], -0.8411910, rtol=1e-6)
     np.testing.assert_allclose(found["magnitude_similarity"], 0.9340497, rtol=1e-6)
     np.testing.assert_allclose(found["condition"], 3.6886997, rtol=1e-5)
@@ -38,8 +39,9 @@ def test_slots_that_are_off_change_nothing():
     weights = rng.uniform(0.1, 1, 3).astype(np.float32)
     spread = np.zeros(6, np.float32)
     spread[mask] = weights
-    whole = gram_indicators(jnp.asarray(rows @ rows.T), jnp.ones(3, bool), jnp.asarray(weights))
-    masked = gram_indicators(jnp.asarray(padded @ padded.T), jnp.asarray(mask), jnp.asarray(spread))
+    gram, wide = jnp.asarray(rows @ rows.T), jnp.asarray(padded @ padded.T)
+    whole = gram_indicators(gram, jnp.ones(3, bool), gram @ weights, weights @ gram @ weights)
+    masked = gram_indicators(wide, jnp.asarray(mask), wide @ spread, spread @ wide @ spread)
     for name, value in whole.items():
         np.testing.assert_allclose(masked[name], value, rtol=1e-5, err_msg=name)
     values = np.linalg.svd(rows, compute_uv=False)
@@ -52,7 +54,8 @@ def test_slots_that_are_off_change_nothing():
 def test_one_gradient_or_none_has_no_conflict(count):
     mask = jnp.arange(3) < count
     rows = jnp.where(mask[:, None], jnp.ones((3, 4)), 0.0)
-    found = jax.jit(gram_indicators)(rows @ rows.T, mask, jnp.ones(3))
+    gram = rows @ rows.T
+    found = jax.jit(gram_indicators)(gram, mask, jnp.sum(gram, 1), jnp.sum(gram))
     assert all(np.isfinite(value) for value in found.values())
     assert found["condition"] == 1
     assert found["conflict_rate"] == 0

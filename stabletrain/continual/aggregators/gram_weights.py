@@ -4,6 +4,9 @@ An aggregator has `init(width)`, what it remembers before the first step, and
 `weights(gram, losses, mask, key, state)` -> (weights [T], new state). gram: [T, T] with zero rows and columns for the
 gradients that are off (`mask` False), whose weight is 0; the width is fixed, so that everything runs under jit. Rows
 keep their identity from step to step. The rules are those of the papers named with them.
+
+GradDrop needs more than the Gram matrix: `stabletrain.continual.aggregators.elementwise`. On pytrees of gradients, and
+as an optax transformation: `stabletrain.continual.aggregators.transform`.
 """
 
 from __future__ import annotations
@@ -17,24 +20,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stabletrain.continual.aggregators import learned_weights, simplex
+from stabletrain.continual.aggregators.elementwise import GRADDROP, ElementwiseAggregator
+from stabletrain.continual.aggregators.masked import cosines, mean_weights, normalized, norms, over
 from stabletrain.methods import spcl
 
 Array = jax.Array
 Weigh = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 
-MGDA_STEPS = 250
 CAGRAD_STEPS = 400
 DUAL_SWEEPS = 200
 GRADVAC_RATE = 0.01
-DWA_TEMPERATURE = 2.0
+NASH_RIDGE = 1e-6
+"""Added to the matrix of cosines: gradients that cancel have no Nash solution, and float32 resolves no less."""
+NASH_STEPS = 60
+NASH_LENGTH = 1.0
 
 
 @dataclass(frozen=True)
 class Aggregator:
-    """A named rule; `init` and `weights` as above."""
+    """A named rule; `init` and `weights` as above. `needs_losses`: without losses it cannot weigh anything."""
 
     init: Callable[[int], Any]
     weights: Weigh
+    needs_losses: bool = False
 
 
 def _nothing(width: int) -> dict[str, Array]:
@@ -53,52 +62,18 @@ def _plain(rule: Callable[[Array, Array], Array]) -> Aggregator:
     return Aggregator(_nothing, weights)
 
 
-def _norms(gram: Array) -> Array:
-    return jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0.0))
-
-
-def _over(values: Array, divisor: Array) -> Array:
-    """values / divisor, 0 where the divisor is 0."""
-    return jnp.where(divisor > 0, values / jnp.where(divisor > 0, divisor, 1.0), 0.0)
-
-
-def _mean(mask: Array) -> Array:
-    return mask / jnp.maximum(jnp.sum(mask), 1)
-
-
 def _sum_rule(gram: Array, mask: Array) -> Array:
-    del gram
-    return mask.astype(jnp.float32)
+    return mask.astype(gram.dtype)
 
 
 def _mean_rule(gram: Array, mask: Array) -> Array:
     del gram
-    return _mean(mask)
+    return mean_weights(mask)
 
 
 def _norm_rule(gram: Array, mask: Array) -> Array:
     del mask
-    return _over(jnp.ones(len(gram)), _norms(gram))
-
-
-def _shortest(gram: Array, mask: Array) -> Array:
-    """argmin over the simplex of a^T M a, by Frank-Wolfe with exact line search. Source: Sener and Koltun 2018."""
-
-    def step(_: int, a: Array) -> Array:
-        slope = gram @ a
-        corner = jax.nn.one_hot(jnp.argmin(jnp.where(mask, slope, jnp.inf)), len(gram))
-        way = corner - a
-        length = way @ gram @ way
-        share = jnp.clip(_over(-(way @ slope), length), 0.0, 1.0)
-        return a + share * way
-
-    return lax.fori_loop(0, MGDA_STEPS, step, _mean(mask))
-
-
-def _normalized_shortest(gram: Array, mask: Array) -> Array:
-    """MGDA's weights of the unit gradients, on the gradients as they are."""
-    inverse = _over(jnp.ones(len(gram)), _norms(gram))
-    return _shortest(inverse[:, None] * gram * inverse[None, :], mask)
+    return over(jnp.ones(len(gram), gram.dtype), norms(gram))
 
 
 def _aligned(gram: Array, mask: Array, *, scale: str) -> Array:
@@ -111,9 +86,9 @@ def _imtl(gram: Array, mask: Array) -> Array:
     """Equal projections on all unit gradients: M a = ||g||, scaled to sum 1. Source: Liu et al. 2021 (IMTL-G)."""
     values, vectors = jnp.linalg.eigh(gram)
     inverse = jnp.where(values > 1e-7 * len(gram) * values[-1], 1.0 / jnp.where(values > 0, values, 1.0), 0.0)
-    raw = vectors @ (inverse * (vectors.T @ _norms(gram)))
+    raw = vectors @ (inverse * (vectors.T @ norms(gram)))
     total = jnp.sum(raw)
-    return jnp.where(jnp.abs(total) > 0, raw / jnp.where(total == 0, 1.0, total), _mean(mask))
+    return jnp.where(jnp.abs(total) > 0, raw / jnp.where(total == 0, 1.0, total), mean_weights(mask))
 
 
 def _cagrad(gram: Array, mask: Array, *, c: float) -> Array:
@@ -121,27 +96,25 @@ def _cagrad(gram: Array, mask: Array, *, c: float) -> Array:
 
     Source: Liu et al. 2021 (CAGrad), without a final rescaling. Exponentiated gradient steps on the scaled Gram matrix.
     """
-    mean = _mean(mask)
-    scale = jnp.max(jnp.diagonal(gram))
-    scaled = gram / jnp.where(scale > 0, scale, 1.0)
+    mean = mean_weights(mask)
+    scaled = normalized(gram)
     length = jnp.sqrt(jnp.maximum(mean @ scaled @ mean, 0.0))
 
     def step(i: int, w: Array) -> Array:
-        slope = scaled @ mean + c * length * _over(scaled @ w, jnp.sqrt(jnp.maximum(w @ scaled @ w, 1e-20)))
+        slope = scaled @ mean + c * length * over(scaled @ w, jnp.sqrt(jnp.maximum(w @ scaled @ w, 1e-20)))
         log = jnp.where(mask, jnp.log(jnp.maximum(w, 1e-30)) - 2.0 * slope, -jnp.inf)
         return jnp.where(jnp.any(mask), jax.nn.softmax(log), w)
 
     w = lax.fori_loop(0, CAGRAD_STEPS, step, mean)
-    return mean + c * length * _over(w, jnp.sqrt(jnp.maximum(w @ scaled @ w, 0.0)))
+    return mean + c * length * over(w, jnp.sqrt(jnp.maximum(w @ scaled @ w, 0.0)))
 
 
 def _project_on_dual_cone(gram: Array, target: Array, mask: Array) -> Array:
     """argmin over v >= target of v^T M v, by coordinate descent. target: [T]."""
-    scale = jnp.max(jnp.diagonal(gram))
-    scaled = gram / jnp.where(scale > 0, scale, 1.0)
+    scaled = normalized(gram)
 
     def coordinate(k: Array, v: Array) -> Array:
-        best = v[k] - _over(scaled[k] @ v, scaled[k, k])
+        best = v[k] - over(scaled[k] @ v, scaled[k, k])
         return v.at[k].set(jnp.where(mask[k], jnp.maximum(best, target[k]), 0.0))
 
     return lax.fori_loop(0, DUAL_SWEEPS * len(gram), lambda i, v: coordinate(i % len(gram), v), target)
@@ -149,7 +122,7 @@ def _project_on_dual_cone(gram: Array, target: Array, mask: Array) -> Array:
 
 def _dual(gram: Array, mask: Array) -> Array:
     """The mean gradient projected on the dual cone: no task's loss rises."""
-    return _project_on_dual_cone(gram, _mean(mask), mask)
+    return _project_on_dual_cone(gram, mean_weights(mask), mask)
 
 
 def _upgrad(gram: Array, mask: Array) -> Array:
@@ -160,15 +133,41 @@ def _upgrad(gram: Array, mask: Array) -> Array:
 
 def _config(gram: Array, mask: Array) -> Array:
     """Equal cosines with all gradients, length the sum of the projections. Source: Liu et al. 2024 (ConFIG)."""
-    inverse = _over(jnp.ones(len(gram)), _norms(gram))
-    unit = inverse[:, None] * gram * inverse[None, :]
+    inverse, unit = over(jnp.ones(len(gram), gram.dtype), norms(gram)), cosines(gram)
     values, vectors = jnp.linalg.eigh(unit)
     kept = values > 1e-6 * len(gram)
     direction = vectors @ (jnp.where(kept, 1.0 / jnp.where(kept, values, 1.0), 0.0) * (vectors.T @ mask))
     weights = inverse * direction
     length = jnp.sqrt(jnp.maximum(weights @ gram @ weights, 0.0))
-    weights = _over(weights, length)
+    weights = over(weights, length)
     return weights * jnp.sum(jnp.where(mask, gram @ weights, 0.0))
+
+
+def _nash(gram: Array, mask: Array) -> Array:
+    """The Nash bargaining solution: M a = 1 / a with a > 0, the update shortened to length 1.
+
+    It minimises 1/2 a^T M a - sum_i log a_i, which is strictly convex and self-concordant, so that damped Newton steps
+    reach it from anywhere; with b_i = a_i ||g_i|| in place of a it knows cosines only. The update's length is sqrt(n)
+    before it is shortened.
+
+    Source: Navon et al. 2022 (Nash-MTL), Eq. 2, with the released limit of 1 on the update's length. Differs: the
+    equation is solved to rounding, where the paper approximates it by convex programs; a ridge of 1e-6 on the cosines.
+    """
+    lengths = norms(gram)
+    there = mask & (lengths > 0)
+    bend = cosines(jnp.where(there[:, None] & there[None, :], gram, 0.0)) + NASH_RIDGE * jnp.eye(len(gram))
+    bend = jnp.where(there[:, None] & there[None, :], bend, jnp.eye(len(gram)))
+
+    def step(_: int, b: Array) -> Array:
+        slope = jnp.where(there, bend @ b - 1 / b, 0.0)
+        newton = jnp.linalg.solve(bend + jnp.diag(1 / jnp.square(b)), slope)
+        decrement = jnp.sqrt(jnp.maximum(slope @ newton, 0.0))
+        return b - jnp.where(decrement > 0.25, 1 / (1 + decrement), 1.0) * newton
+
+    b = lax.fori_loop(0, NASH_STEPS, step, jnp.ones(len(gram), gram.dtype))
+    b = jnp.where(there, b, 0.0)
+    length = jnp.sqrt(jnp.maximum(b @ cosines(gram) @ b, 0.0))
+    return over(b, lengths) / jnp.maximum(length / NASH_LENGTH, 1.0)
 
 
 # --- with draws or a memory -------------------------------------------------------------------------------------------
@@ -180,19 +179,19 @@ def _surgery(gram: Array, mask: Array, order: Array, cosine_goal: Array) -> tupl
     Returns the matrix of combinations (row i: weights of g_i') and the cosines that were met [T, T]. A goal of 0 is
     PCGrad's projection.
     """
-    norms, count = _norms(gram), len(gram)
+    lengths, count = norms(gram), len(gram)
 
     def one(i: Array) -> tuple[Array, Array]:
         def visit(place: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             own, met = carry
             j = order[i, place]
             length = jnp.sqrt(jnp.maximum(own @ gram @ own, 0.0))
-            cosine = jnp.clip(_over(own @ gram[j], length * norms[j]), -1.0, 1.0)
+            cosine = jnp.clip(over(own @ gram[j], length * lengths[j]), -1.0, 1.0)
             goal = cosine_goal[i, j]
             other = jnp.sqrt(jnp.maximum(1 - goal**2, 1e-12))
             factor = length * (goal * jnp.sqrt(jnp.maximum(1 - cosine**2, 0.0)) - cosine * other)
-            factor = _over(factor, norms[j] * other)
-            use = (cosine < goal) & (i != j) & mask[i] & mask[j] & (norms[j] > 0)
+            factor = over(factor, lengths[j] * other)
+            use = (cosine < goal) & (i != j) & mask[i] & mask[j] & (lengths[j] > 0)
             met = met.at[j].set(jnp.where((i != j) & mask[i] & mask[j], cosine, met[j]))
             return own.at[j].add(jnp.where(use, factor, 0.0)), met
 
@@ -227,25 +226,21 @@ def _rlw(gram: Array, losses: Array, mask: Array, key: Array, state: Any) -> tup
     return jnp.where(jnp.any(mask), jax.nn.softmax(drawn) * jnp.sum(mask), 0.0), state
 
 
-def _dwa(gram: Array, losses: Array, mask: Array, key: Array, state: Any) -> tuple[Array, Any]:
-    """T softmax(r / 2), r = l_(k-1) / l_(k-2) of the task's own last two steps; r = 1 before.
+def weigh(aggregator: Aggregator, gram: Array, losses: Array, mask: Array, key: Array, state: Any) -> tuple[Array, Any]:
+    """The aggregator's weights [T] and its new state; a single gradient is taken as it is, whatever the aggregator.
 
-    Source: Liu et al. 2019.
+    Source: the rule for a single gradient is that of the code released with stable parallel continual learning.
     """
-    del gram, key
-    one, two = state["last"], state["before"]
-    rate = jnp.where((one > 0) & (two > 0), one / jnp.where(two > 0, two, 1.0), 1.0)
-    logits = jnp.where(mask, rate / DWA_TEMPERATURE, -jnp.inf)
-    weights = jnp.where(jnp.any(mask), jax.nn.softmax(logits) * jnp.sum(mask), 0.0)
-    return weights, {"last": jnp.where(mask, losses, one), "before": jnp.where(mask, one, two)}
+    weights, new = aggregator.weights(gram, losses, mask, key, state)
+    return jnp.where(jnp.sum(mask) > 1, weights, mask.astype(weights.dtype)), new
 
 
-def _two_losses(width: int) -> dict[str, Array]:
-    return {"last": jnp.zeros(width), "before": jnp.zeros(width)}
-
-
-def make_aggregator(name: str, *, alpha: float = 10.0, scale: str = "min", c: float = 0.5) -> Aggregator:
-    """The aggregator of a name. `alpha`: spcl's; `scale`: spcl's and Aligned-MTL's; `c`: CAGrad's."""
+def make_aggregator(
+    name: str, *, alpha: float = 10.0, scale: str = "min", c: float = 0.5, rate: float = learned_weights.WEIGHT_RATE
+) -> Aggregator | ElementwiseAggregator:
+    """The aggregator of a name. `alpha`: spcl's; `scale`: spcl's and Aligned-MTL's; `c`: CAGrad's; `rate`: with which
+    UW and GradNorm learn their weights.
+    """
     if name in ("spcl", "spcl-released"):
         solve = spcl.orthogonal_decomposition if name == "spcl" else spcl.released_decomposition
         return _plain(lambda gram, mask: solve(gram, alpha=alpha, scale=scale))
@@ -253,15 +248,19 @@ def make_aggregator(name: str, *, alpha: float = 10.0, scale: str = "min", c: fl
         return _plain(functools.partial(_aligned, scale=scale))
     if name == "cagrad":
         return _plain(functools.partial(_cagrad, c=c))
+    if name == "uw":
+        return Aggregator(learned_weights.uw_state, functools.partial(learned_weights.uw, rate=rate), True)
+    if name == "gradnorm":
+        return Aggregator(learned_weights.gradnorm_state, functools.partial(learned_weights.gradnorm, rate=rate), True)
     return AGGREGATORS[name]
 
 
-AGGREGATORS: dict[str, Aggregator] = {
+AGGREGATORS: dict[str, Aggregator | ElementwiseAggregator] = {
     "sum": _plain(_sum_rule),
     "mean": _plain(_mean_rule),
     "norm": _plain(_norm_rule),
-    "mgda": _plain(_shortest),
-    "nmgda": _plain(_normalized_shortest),
+    "mgda": _plain(simplex.mgda),
+    "nmgda": _plain(simplex.nmgda),
     "pcgrad": Aggregator(_nothing, _pcgrad),
     "gradvac": Aggregator(lambda width: {"goal": jnp.zeros((width, width))}, _gradvac),
     "cagrad": _plain(functools.partial(_cagrad, c=0.5)),
@@ -271,7 +270,13 @@ AGGREGATORS: dict[str, Aggregator] = {
     "dualproj": _plain(_dual),
     "config": _plain(_config),
     "rlw": Aggregator(_nothing, _rlw),
-    "dwa": Aggregator(_two_losses, _dwa),
+    "dwa": Aggregator(learned_weights.dwa_state, learned_weights.dwa, needs_losses=True),
+    "nash-mtl": _plain(_nash),
+    "graddrop": GRADDROP,
+    "uw": Aggregator(learned_weights.uw_state, learned_weights.uw, needs_losses=True),
+    "gradnorm": Aggregator(learned_weights.gradnorm_state, learned_weights.gradnorm, needs_losses=True),
+    "maxdo": _plain(simplex.maxdo),
+    "emgd": Aggregator(lambda width: {"length": jnp.zeros(width)}, simplex.emgd),
     "spcl": _plain(lambda gram, mask: spcl.orthogonal_decomposition(gram, alpha=10.0, scale="min")),
     "spcl-released": _plain(lambda gram, mask: spcl.released_decomposition(gram)),
 }
