@@ -7,60 +7,148 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from stabletrain.diffusion.config import SKIP_SCALING_NAMES, DiffusionConfig, resolve
-from stabletrain.errors import EXIT_OK, ConfigError
+from stabletrain.diffusion.config import PROCESS_NAMES, SKIP_SCALING_NAMES, DiffusionConfig, resolve
+from stabletrain.errors import EXIT_OK, ConfigError, nearest
 from stabletrain.training.config import make_config
 
 
 def import_weights(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="U-ViT checkpoint: .pth, .pt, .safetensors or .npz.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="U-ViT or UNet checkpoint: .pth, .pt, .safetensors or .npz.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The run directory to make.")],
     dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What it was trained on. [default: by size and labels]")
+        str | None, typer.Option(metavar="NAME", help="What it was trained on. [default: U-ViT's by size and labels]")
     ] = None,
     skip_scaling: Annotated[str, typer.Option(help="Constant skip scaling that it was trained with.")] = "none",
     kappa: Annotated[float | None, typer.Option(help="Base of that scaling.")] = None,
-    heads: Annotated[int, typer.Option(help="Attention heads; 0: the width / 64, as in every published one.")] = 0,
+    heads: Annotated[
+        int, typer.Option(help="Attention heads; 0: U-ViT's width / 64, improved DDPM's 4, ADM's of 64 channels.")
+    ] = 0,
+    qkv_order: Annotated[
+        str | None,
+        typer.Option(help="Improved DDPM and ADM: rows of the attention's kernel, by head or whole. [default: head]"),
+    ] = None,
+    process: Annotated[
+        str | None, typer.Option(help="Noise process. [default: vp-sde for U-ViT, else as in the paper]")
+    ] = None,
+    diffusion_steps: Annotated[
+        int | None, typer.Option(help="Levels of noise. [default: 1,000; improved DDPM's 4,000]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> int:
-    """Make a run of a published U-ViT checkpoint, for `stabletrain sample`, `evaluate` and `export`."""
-    from stabletrain.diffusion.weights_import import HEAD_SIZE, read_uvit
+    """Make a run of a published checkpoint (U-ViT, DDPM, improved DDPM, ADM), to sample from, evaluate and export."""
+    from stabletrain.diffusion.unet_import import is_unet
+    from stabletrain.nn.torch_file import read_arrays
+
+    if skip_scaling not in SKIP_SCALING_NAMES[:3] and skip_scaling != "const":
+        raise ConfigError(f"--skip-scaling {skip_scaling} has weights of its own, which a published checkpoint has not")
+    if process not in (None, *PROCESS_NAMES):
+        raise ConfigError(f"unknown --process {process!r}: {nearest(str(process), PROCESS_NAMES)}")
+    if is_unet(read_arrays(file)):
+        found = _unet(file, dataset, heads, qkv_order or "head")
+    else:
+        if qkv_order is not None:
+            raise ConfigError("--qkv-order does nothing for U-ViT, whose released code has one order")
+        found = _uvit(file, dataset, heads)
+    values = {**found.values, "skip_scaling": skip_scaling}
+    if kappa is not None:
+        values["kappa"] = kappa
+    if process is not None:
+        values["process"] = process
+        values.pop("diffusion_steps", None)
+    if diffusion_steps is not None:
+        values["diffusion_steps"] = diffusion_steps
+        values["sampling_steps"] = min(values.get("sampling_steps", SAMPLING_STEPS), diffusion_steps)
+    config = resolve(make_config(DiffusionConfig, values))
+    step = _write_run(out, config, found.spec, found.params, file)
+    if as_json:
+        print(json.dumps({"run_dir": str(out), "status": "done", "step": step, "metrics": {}}, indent=2))
+    else:
+        print(f"{out}: {found.what}, {found.spec['name']}, {config.method}, {config.process}")
+        print(f"next: stabletrain sample {out}")
+    return EXIT_OK
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint as a configuration's values, a description of its data, and parameters."""
+
+    what: str
+    values: dict[str, Any]
+    spec: dict[str, Any]
+    params: Any
+
+
+def _uvit(file: Path, dataset: str | None, heads: int) -> _Found:
+    from stabletrain.diffusion.uvit_import import HEAD_SIZE, read_uvit
 
     found = read_uvit(file)
-    if skip_scaling not in SKIP_SCALING_NAMES[:3] and skip_scaling != "const":
-        raise ConfigError(f"--skip-scaling {skip_scaling} has weights of its own, which a U-ViT checkpoint has not")
     if not heads and found.width % HEAD_SIZE:
         raise ConfigError(f"the width {found.width} is no multiple of {HEAD_SIZE}: say how many --heads it has")
-    name = dataset or _dataset_of(found.image_size, found.embeddings)
-    spec = _spec(name, found.image_size, found.channels, found.embeddings)
-    classes = len(spec["class_names"])
-    values: dict[str, Any] = {
-        "dataset": name,
+    spec = _spec(dataset or _dataset_of(found.image_size, found.embeddings), found.channels, found.embeddings)
+    values = {
         "backbone": "uvit",
         "width": found.width,
         "depth": found.depth,
         "heads": heads or found.width // HEAD_SIZE,
         "patch_size": found.patch_size,
-        "class_conditional": classes > 0,
-        "skip_scaling": skip_scaling,
+        **_labels(spec, found.embeddings),
     }
-    if classes:
-        values["label_dropout"] = 0.1 if found.embeddings > classes else 0.0
-    if kappa is not None:
-        values["kappa"] = kappa
-    config = resolve(make_config(DiffusionConfig, values))
-    step = _write_run(out, config, spec, found.params, file)
-    if as_json:
-        print(json.dumps({"run_dir": str(out), "status": "done", "step": step, "metrics": {}}, indent=2))
-    else:
-        print(f"{out}: U-ViT of width {found.width} and depth {found.depth}, {name}, {config.method}")
-        print(f"next: stabletrain sample {out}")
-    return EXIT_OK
+    if found.image_size != spec["image_size"]:
+        spec["image_size"] = values["image_size"] = found.image_size
+    return _Found(f"U-ViT of width {found.width} and depth {found.depth}", values, spec, found.params)
+
+
+def _unet(file: Path, dataset: str | None, heads: int, qkv_order: str) -> _Found:
+    from stabletrain.diffusion.unet_import import QKV_ORDERS, block_style_of, read_unet
+
+    if dataset is None:
+        raise ConfigError("a UNet's checkpoint does not say the size of its images: say --dataset NAME")
+    if qkv_order not in QKV_ORDERS:
+        raise ConfigError(f"unknown --qkv-order {qkv_order!r}: {nearest(qkv_order, QKV_ORDERS)}")
+    division = {"heads": heads} if heads else UNET_HEADS[block_style_of(file)]
+    found = read_unet(file, **division, qkv_order=qkv_order)
+    spec = _spec(dataset, found.channels, found.embeddings)
+    size = spec["image_size"]
+    values = {
+        "backbone": "unet",
+        "block_style": found.block_style,
+        "width": found.width,
+        "depth": found.blocks,
+        "channel_multipliers": found.multipliers,
+        "attention": tuple(size // 2**level for level in found.attention_levels),
+        **division,
+        "learned_variance": found.learned_variance,
+        **UNET_PROCESS[found.block_style],
+        **({"sampler": "ddpm-learned", "sampling_steps": 5 * SAMPLING_STEPS} if found.learned_variance else {}),
+        **_labels(spec, found.embeddings),
+    }
+    levels = len(found.multipliers)
+    what = f"UNet of width {found.width}, {levels} levels of {found.blocks} {found.block_style} blocks"
+    return _Found(what, values, spec, found.params)
+
+
+SAMPLING_STEPS = 50
+UNET_HEADS: dict[str, dict[str, int]] = {"ddpm": {"heads": 1}, "iddpm": {"heads": 4}, "adm": {"head_channels": 64}}
+UNET_PROCESS: dict[str, dict[str, Any]] = {
+    "ddpm": {"process": "ddpm-linear"},
+    "iddpm": {"process": "ddpm-cosine", "diffusion_steps": 4000},
+    "adm": {"process": "ddpm-cosine"},
+}
+"""As the released models have it: Ho et al. 2020; Nichol and Dhariwal 2021; Dhariwal and Nichol 2021 on ImageNet-64."""
+
+
+def _labels(spec: dict[str, Any], embeddings: int) -> dict[str, Any]:
+    classes = len(spec["class_names"])
+    values: dict[str, Any] = {"dataset": spec["name"], "class_conditional": classes > 0}
+    return values | ({"label_dropout": 0.1 if embeddings > classes else 0.0} if classes else {})
 
 
 def _dataset_of(image_size: int, embeddings: int) -> str:
@@ -72,16 +160,17 @@ def _dataset_of(image_size: int, embeddings: int) -> str:
     return name
 
 
-def _spec(name: str, image_size: int, channels: int, embeddings: int) -> dict[str, Any]:
+def _spec(name: str, channels: int, embeddings: int) -> dict[str, Any]:
     """The record's description of data that are not at hand: named classes are counted, the fingerprint is empty."""
     from stabletrain.data.locate import named
 
-    classes = named(name).num_classes if embeddings else 0
+    info = named(name)
+    classes = info.num_classes if embeddings else 0
     if embeddings not in ((0,) if not classes else (classes, classes + 1)):
         raise ConfigError(f"the checkpoint has {embeddings} label embeddings, but {name} has {classes} classes")
     return {
         "name": name,
-        "image_size": image_size,
+        "image_size": info.image_size,
         "channels": channels,
         "num_classes": classes,
         "class_names": [str(number) for number in range(classes)],

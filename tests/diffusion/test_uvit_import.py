@@ -11,7 +11,7 @@ import pytest
 
 from stabletrain.cli.main import run
 from stabletrain.diffusion.uvit import UViT
-from stabletrain.diffusion.weights_import import read_uvit
+from stabletrain.diffusion.uvit_import import read_uvit
 from stabletrain.errors import DataError
 from tests.diffusion.weights import by_name, filled
 
