@@ -23,10 +23,10 @@ class Preset:
     training: Values = field(default_factory=dict)
     small: Values = field(default_factory=dict)
     """What differs from `SMALL` on small images."""
-    large: Values = field(default_factory=dict)
-    """What differs from 64 pixels on, in parts and training."""
+    by_size: Mapping[int, Values] = field(default_factory=dict)
+    """What differs, in parts and training, from so many pixels on: the entry of the largest number that is reached."""
     by_dataset: Mapping[str, Values] = field(default_factory=dict)
-    """What differs besides on the large images of a data set."""
+    """What differs besides on a data set's images, from 64 pixels on."""
 
 
 # --- how they are trained ---------------------------------------------------------------------------------------------
@@ -36,6 +36,9 @@ RESNET_CIFAR: Values = {
     "beta1": 0.5, "beta2": 0.999, "adam_epsilon": 1e-6, "ema_decay": 0.0,
 }  # fmt: skip
 """SNGAN, SAGAN and ACGAN on CIFAR as PyTorch-StudioGAN trains them."""
+
+ACGAN_CIFAR: Values = {**RESNET_CIFAR, "discriminator_norm": "batch"}
+"""A discriminator without spectral normalisation has batch normalisation there."""
 
 BIGGAN_CIFAR: Values = {**RESNET_CIFAR, "ema_decay": 0.9999, "ema_start": 1000}
 REACGAN_CIFAR: Values = {**BIGGAN_CIFAR, "batch_size": 128, "generator_lr": 2.8284271e-4,
@@ -54,27 +57,32 @@ STYLEGAN2_LARGE: Values = {"path_length": 2.0, "path_length_every": 4, "style_mi
 BY_SIZE: Mapping[int, Values] = {
     64: {
         "batch_size": 1024, "steps": 100_000, "d_steps": 1, "generator_lr": 1e-4, "discriminator_lr": 4e-4,
-        "beta1": 0.0, "ema_start": 20_000, "class_weight": 0.75, "positive_margin": 1.0, "temperature": 0.75,
-        "embedding_dim": 768,
+        "beta1": 0.0, "ema_start": 20_000,
     },
     128: {
         "batch_size": 256, "steps": 200_000, "d_steps": 2, "generator_lr": 5e-5, "discriminator_lr": 2e-4,
-        "beta1": 0.0, "ema_start": 20_000, "class_weight": 1.0, "positive_margin": 0.98, "temperature": 0.5,
-        "embedding_dim": 2048,
+        "beta1": 0.0, "ema_start": 20_000,
     },
 }  # fmt: skip
-"""What changes for BigGAN's networks at 64 pixels (Tiny-ImageNet) and at 128 or more (ImageNet, batch 256)."""
+"""How BigGAN's networks are trained at 64 pixels (Tiny-ImageNet) and at 128 or more (ImageNet, batch 256)."""
 
-BIRDS: Values = {
-    "steps": 40_000, "ema_start": 4000, "class_weight": 0.25, "positive_margin": 0.95, "temperature": 0.25,
-    "embedding_dim": 1024,
-}  # fmt: skip
+BIRDS: Values = {"steps": 40_000, "ema_start": 4000, "generator_width": 80, "discriminator_width": 80}
 """CUB-200 at 128 pixels, beyond `BY_SIZE`."""
+
+D2DCE_BY_SIZE: Mapping[int, Values] = {
+    64: {"class_weight": 0.75, "positive_margin": 1.0, "temperature": 0.75, "embedding_dim": 768},
+    128: {"class_weight": 1.0, "positive_margin": 0.98, "temperature": 0.5, "embedding_dim": 2048},
+}  # fmt: skip
+D2DCE_BIRDS: Values = {"class_weight": 0.25, "positive_margin": 0.95, "temperature": 0.25, "embedding_dim": 1024}
+CONTRASTIVE_BY_SIZE: Mapping[int, Values] = {64: {"embedding_dim": 768}, 128: {"embedding_dim": 1536}}
+CONTRASTIVE_BIRDS: Values = {"embedding_dim": 1024}
+"""What changes of the class losses with the size, and on CUB-200, where the option is not given."""
 
 SMALL: Values = {
     "batch_size": 64, "steps": 6000, "d_steps": 1, "generator_lr": 2e-4, "discriminator_lr": 5e-4,
     "beta1": 0.0, "beta2": 0.99, "adam_epsilon": 1e-6, "ema_decay": 0.999, "ema_start": 0, "embedding_dim": 128,
     "class_weight": 1.0, "r1_every": 16, "generator_spectral": False, "discriminator_spectral": False,
+    "discriminator_norm": "none",
 }  # fmt: skip
 """For images of up to 16 pixels, or of a size that is no power of two, on two CPU cores, with fully connected networks.
 
@@ -98,38 +106,40 @@ SMALL_STYLES: Values = {
 _SPECTRAL = {"generator_spectral": True, "discriminator_spectral": True}
 _HINGE = {"adversarial": "hinge"}
 _REACGAN = {**_HINGE, "conditioning": "d2dce", "class_weight": 0.5, "temperature": 0.5, "positive_margin": 0.98}
+_D2DCE_SIZES: Mapping[str, Any] = {"by_size": D2DCE_BY_SIZE, "by_dataset": {"cub200": D2DCE_BIRDS}}
 
 PRESETS: dict[str, Preset] = {
     "reacgan": Preset(
         "ReACGAN: Data-to-Data Cross-Entropy on the unit sphere (Kang et al. 2021).",
-        {**_REACGAN, "embedding_dim": 512, **_SPECTRAL}, "biggan", REACGAN_CIFAR,
+        {**_REACGAN, "embedding_dim": 512, **_SPECTRAL}, "biggan", REACGAN_CIFAR, **_D2DCE_SIZES,
     ),
     "reacgan-cr": Preset(
         "ReACGAN with consistency regularisation (Zhang et al. 2020).",
         {**_REACGAN, "embedding_dim": 512, **_SPECTRAL, "cr_weight": 10.0}, "biggan", REACGAN_CIFAR,
+        **_D2DCE_SIZES,
     ),
     "reacgan-diffaug": Preset(
         "ReACGAN with DiffAugment (Zhao et al. 2020).",
         {**_REACGAN, "embedding_dim": 512, **_SPECTRAL, "augmentation": "diffaug"}, "biggan",
-        {**REACGAN_CIFAR, "steps": 200_000},
+        {**REACGAN_CIFAR, "steps": 200_000}, **_D2DCE_SIZES,
     ),
     "reacgan-ada": Preset(
         "ReACGAN with adaptive augmentation (Karras et al. 2020a) and the logistic loss.",
         {**_REACGAN, "embedding_dim": 512, **_SPECTRAL, "adversarial": "non-saturating", "augmentation": "ada",
          "augment_target": 0.7, "horizontal_flip": False},
-        "biggan", {**REACGAN_CIFAR, "steps": 400_000},
+        "biggan", {**REACGAN_CIFAR, "steps": 400_000}, **_D2DCE_SIZES,
     ),
     "acgan": Preset(
         "AC-GAN: softmax cross-entropy (Odena et al. 2017), on real samples only as ReACGAN compares it.",
         {**_HINGE, "conditioning": "ac", "class_weight": 1.0, "generator_spectral": False,
          "discriminator_spectral": False},
-        "sngan", RESNET_CIFAR,
+        "sngan", ACGAN_CIFAR,
     ),
     "acgan-normalized": Preset(
         "AC-GAN with features and class weights on the unit sphere: the first half of ReACGAN.",
         {**_HINGE, "conditioning": "ac-normalized", "class_weight": 1.0, "temperature": 0.5,
          "generator_spectral": False, "discriminator_spectral": False},
-        "sngan", RESNET_CIFAR,
+        "sngan", ACGAN_CIFAR,
     ),
     "sngan": Preset(
         "SNGAN: spectral normalisation of the discriminator, projection (Miyato et al. 2018; Miyato and Koyama 2018).",
@@ -148,7 +158,7 @@ PRESETS: dict[str, Preset] = {
     "contragan": Preset(
         "ContraGAN: conditional contrastive loss 2C (Kang and Park 2020).",
         {**_HINGE, "conditioning": "2c", "class_weight": 1.0, "temperature": 1.0, "embedding_dim": 512, **_SPECTRAL},
-        "biggan", BIGGAN_CIFAR,
+        "biggan", BIGGAN_CIFAR, by_size=CONTRASTIVE_BY_SIZE, by_dataset={"cub200": CONTRASTIVE_BIRDS},
     ),
     "tacgan": Preset(
         "TAC-GAN: AC-GAN with a twin classifier of fakes (Gong et al. 2019).",
@@ -163,13 +173,13 @@ PRESETS: dict[str, Preset] = {
     "stylegan2": Preset(
         "StyleGAN2 with its projection, lazy R1 (Karras et al. 2020b).",
         {"adversarial": "non-saturating", "conditioning": "sg2-projection"}, "stylegan2", STYLEGAN2_CIFAR,
-        SMALL_STYLES, STYLEGAN2_LARGE, {"cub200": {"r1_weight": 0.2048, "steps": 100_000}},
+        SMALL_STYLES, {64: STYLEGAN2_LARGE}, {"cub200": {"r1_weight": 0.2048, "steps": 100_000}},
     ),
     "stylegan2-d2dce": Preset(
         "StyleGAN2 with D2D-CE in place of projection.",
         {"adversarial": "non-saturating", "conditioning": "d2dce", "class_weight": 0.25, "temperature": 0.25,
          "positive_margin": 0.98, "embedding_dim": 512},
-        "stylegan2", {**STYLEGAN2_CIFAR, "d_steps": 2}, SMALL_STYLES, STYLEGAN2_LARGE,
+        "stylegan2", {**STYLEGAN2_CIFAR, "d_steps": 2}, SMALL_STYLES, {64: STYLEGAN2_LARGE},
         {"cub200": {"r1_weight": 0.2048, "steps": 100_000, "positive_margin": 0.95, "embedding_dim": 1024},
          "imagenet": {"batch_size": 256, "d_steps": 1, "class_weight": 0.5, "positive_margin": 0.9,
                       "embedding_dim": 2048}},

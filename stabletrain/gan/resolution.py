@@ -261,11 +261,14 @@ def _parts(config: GanConfig) -> dict[str, Any]:
     training = _training(config)
     preset = PRESETS[config.method]
     parts = {**neutral, **defaults, **training, **preset.parts}
-    if _image_size(config) >= LARGE_IMAGES:
-        parts |= {**preset.large, **preset.by_dataset.get(config.dataset, {})}
+    size = _image_size(config)
+    if size >= LARGE_IMAGES:
+        parts |= {**_by_size(preset.by_size, size), **preset.by_dataset.get(config.dataset, {})}
     if _is_small(config):
         parts |= {**SMALL, **_own(PRESETS[config.method].parts, "class_weight"), **PRESETS[config.method].small}
     parts |= {**domain_of(config).values, "network": network}
+    if config.discriminator_spectral or "discriminator_norm" not in NETWORKS[network].follows:
+        parts["discriminator_norm"] = "none"  # spectral normalisation is asked for in place of it
     if config.ema_half_life:
         parts["ema_decay"] = 0.0
     elif config.ema_decay:
@@ -273,6 +276,12 @@ def _parts(config: GanConfig) -> dict[str, Any]:
     elif parts.get("ema_half_life"):
         parts["ema_decay"] = 0.0
     return parts
+
+
+def _by_size(values: Mapping[int, Mapping[str, Any]], size: int) -> Mapping[str, Any]:
+    """The entry of the largest size that an image reaches; nothing below the smallest."""
+    reached = [least for least in values if least <= size]
+    return values[max(reached)] if reached else {}
 
 
 def _own(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -284,10 +293,14 @@ def _training(config: GanConfig) -> dict[str, Any]:
     size = _image_size(config)
     values = dict(preset.training)
     if preset.network == "biggan" and size >= 64:
-        values |= BY_SIZE[64 if size == 64 else 128]
+        values |= _by_size(BY_SIZE, size)
         if config.dataset.startswith("cub"):
-            values |= BIRDS
+            values |= BIRDS if config.network in (None, preset.network) else _without_widths(BIRDS)
     return values
+
+
+def _without_widths(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not name.endswith("_width")}
 
 
 def _with_parts(config: GanConfig) -> GanConfig:

@@ -113,3 +113,22 @@ def test_published_settings_on_cifar10(method):
     assert (values.batch_size, values.generator_lr, values.d_steps) == (batch, rate, 5)
     assert (values.beta1, values.beta2, values.adam_epsilon, values.steps) == (0.5, 0.999, 1e-6, 100_000)
     assert values.ema_decay == (0.9999 if method in ("reacgan", "biggan", "contragan") else 0.0)
+
+
+def test_sizes_and_data_sets_have_the_settings_of_their_own_configurations():
+    tiny, birds = resolved(dataset="tiny-imagenet"), resolved(dataset="cub200")
+    assert (tiny.batch_size, tiny.d_steps, tiny.class_weight, tiny.positive_margin) == (1024, 1, 0.75, 1.0)
+    assert (tiny.temperature, tiny.embedding_dim, tiny.generator_width) == (0.75, 768, 80)
+    assert (birds.steps, birds.class_weight, birds.positive_margin, birds.temperature) == (40_000, 0.25, 0.95, 0.25)
+    assert (birds.embedding_dim, birds.discriminator_width, birds.batch_size) == (1024, 80, 256)
+    contrastive = resolved(method="contragan", dataset="tiny-imagenet")
+    assert (contrastive.class_weight, contrastive.temperature, contrastive.embedding_dim) == (1.0, 1.0, 768)
+    assert resolved(dataset="cub200", network="dcgan").generator_width == 64  # the width 80 is that of BigGAN's
+
+
+def test_a_discriminator_without_spectral_normalisation_has_batch_normalisation_where_its_paper_does():
+    assert resolved(method="acgan", dataset="cifar10").discriminator_norm == "batch"
+    assert resolved(method="acgan", dataset="cifar10", discriminator_norm="none").discriminator_norm == "none"
+    assert resolved(method="acgan", dataset="cifar10", discriminator_spectral=True).discriminator_norm == "none"
+    penalised = resolved(method="acgan", dataset="cifar10", network="mlp", gradient_penalty=10.0)
+    assert penalised.discriminator_norm is None  # this network has none, and so nothing is refused
