@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,3 +105,134 @@ def test_condition_numbers_and_zero_gradients():
     np.testing.assert_array_equal(spcl.orthogonal_decomposition(jnp.zeros((3, 3)), alpha=10.0, scale="min"), 0)
     with pytest.raises(ValueError, match="unknown scale"):
         spcl.scale_of(gram, "max")
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+ALPHAS = (0.0, 1.0, 10.0)
+
+
+def gradients(seed: int, count: int = 4, dimension: int = 9) -> np.ndarray:
+    """Of lengths that differ by up to a factor of about ten."""
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, dimension)) * np.exp(rng.uniform(-1, 1, (count, 1)))
+
+
+@functools.cache
+def weights_of(alpha: float, scale: str = "none", floor: float = 0.0):
+    return jax.jit(functools.partial(spcl.orthogonal_decomposition, alpha=alpha, scale=scale, floor=floor))
+
+
+def gram_of(rows: np.ndarray) -> jax.Array:
+    return jnp.asarray(rows @ rows.T)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_decomposition_is_stationary(alpha, seed):
+    """In float64: U = Q diag(d)^(-1/2) is the polar factor of G diag(sqrt d), and sqrt d solves its cubic."""
+    with jax.enable_x64(True):
+        rows = gradients(seed)
+        solve = jax.jit(functools.partial(spcl.decomposition, alpha=alpha))
+        combined, d = (np.asarray(x) for x in solve(gram_of(rows)))
+    s = np.sqrt(d)
+    u = (combined / s).T @ rows
+    np.testing.assert_allclose(u @ u.T, np.eye(4), atol=1e-10)
+    left, _, right = np.linalg.svd(s[:, None] * rows, full_matrices=False)
+    # s stands still to 64 roundings; where alpha is 0 it moves slowly, and stops at 40 steps.
+    np.testing.assert_allclose(u, left @ right, atol=1e-4 if alpha == 0 else 1e-10)
+    c = np.sum(u * rows, 1)
+    np.testing.assert_allclose(2 * alpha * s**3 + (1 - 2 * alpha) * s, c, rtol=1e-4 if alpha == 0 else 1e-10)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_the_order_of_the_tasks_does_not_matter(alpha):
+    rows, order = gradients(5), [2, 0, 3, 1]
+    whole, permuted = weights_of(alpha)(gram_of(rows)), weights_of(alpha)(gram_of(rows[order]))
+    np.testing.assert_allclose(permuted, np.asarray(whole)[order], rtol=1e-3, atol=1e-4)  # float32 eigenvectors
+
+
+def test_orthogonalising_alone_is_linear_in_the_scale_and_the_rest_is_not():
+    """alpha = 0 knows no length of its own; alpha > 0 draws lengths towards 1, so that weights fall with the scale."""
+    gram = gram_of(gradients(6))
+    np.testing.assert_allclose(weights_of(0.0)(1e6 * gram), weights_of(0.0)(gram), rtol=1e-3)
+    assert np.abs(weights_of(10.0)(1e6 * gram)).max() < 0.1 * np.abs(weights_of(10.0)(gram)).max()
+    np.testing.assert_allclose(
+        weights_of(1e6, "rmse")(gram) @ gram @ weights_of(1e6, "rmse")(gram) / float(jnp.trace(gram)), 1.0, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("scale", [1e-10, 1e-5, 1.0, 1e5, 1e10, 1e15])
+def test_weights_are_finite_at_any_scale_and_rank(alpha, scale):
+    rows = gradients(7)
+    twice = rows.copy()
+    twice[3] = twice[0] + twice[1]
+    same = np.repeat(rows[:1], 4, 0)
+    for case in (rows, twice, same, np.vstack([rows[:2], -rows[:2]]), np.zeros((4, 9))):
+        for rule in ("none", "min", "median", "rmse") if alpha == 10 else ("none",):
+            found = np.asarray(weights_of(alpha, rule)(gram_of((case * scale).astype(np.float32))))
+            assert np.isfinite(found).all()
+            assert found.any() == case.any()
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_absent_tasks_change_nothing_at_a_fixed_width(alpha):
+    rows = gradients(8, 3)
+    padded = np.zeros((6, 9))
+    padded[[1, 2, 5]] = rows
+    found = np.asarray(weights_of(alpha)(gram_of(padded)))
+    assert not found[[0, 3, 4]].any()
+    np.testing.assert_allclose(found[[1, 2, 5]], weights_of(alpha)(gram_of(rows)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_single_task_keeps_its_direction(alpha):
+    """Q = g s / ||g|| with s the root of its cubic for c = ||g||; with alpha = 0 the gradient itself."""
+    found = float(weights_of(alpha)(jnp.array([[9.0]]))[0])
+    s = 3 * found
+    assert 2 * alpha * s**3 + (1 - 2 * alpha) * s == pytest.approx(3.0, rel=1e-5)
+
+
+def test_the_floor_keeps_the_step_from_collapsing():
+    """Two gradients within 1e-3 of parallel: `min` shortens the step a thousandfold, the floor to a tenth at most."""
+    rows = np.array([[1.0, 0.0], [1.0, 2e-3]])
+    gram = gram_of(rows)
+    sigma = np.linalg.svd(rows, compute_uv=False)
+    np.testing.assert_allclose(spcl.scale_of(gram, "min"), sigma[1], rtol=0.05)  # the difference of two float32 sums
+    np.testing.assert_allclose(spcl.scale_of(gram, "min", floor=0.1), 0.1 * sigma[0], rtol=1e-5)
+    np.testing.assert_allclose(spcl.scale_of(gram, "rmse", floor=0.1), np.sqrt(1 + 2e-6), rtol=1e-5)
+    lengths = [float(jnp.sqrt(w @ gram @ w)) for w in (weights_of(10.0, "min", f)(gram) for f in (0.0, 0.1))]
+    np.testing.assert_allclose(lengths[1] / lengths[0], 0.1 * sigma[0] / sigma[1], rtol=0.1)
+    with pytest.raises(ValueError, match="share of the largest singular value"):
+        spcl.scale_of(gram, "min", floor=2.0)
+
+
+def test_float64_tells_condition_numbers_that_float32_cannot():
+    rng = np.random.default_rng(9)
+    left, right = np.linalg.qr(rng.standard_normal((3, 3)))[0], np.linalg.qr(rng.standard_normal((8, 3)))[0]
+    rows = left @ np.diag([1.0, 1e-2, 1e-5]) @ right.T
+    with jax.enable_x64(True):
+        assert float(spcl.condition_number(gram_of(rows))) == pytest.approx(1e5, rel=1e-3)
+        assert spcl.orthogonal_decomposition(gram_of(rows), alpha=10.0, scale="min").dtype == jnp.float64
+    assert float(spcl.condition_number(jnp.asarray(gram_of(rows), jnp.float32))) < 3e3
+
+
+def test_derivatives_are_those_of_the_solution():
+    """Against central differences in float64, also where two eigenvalues are equal; under vmap as one by one."""
+    solve = jax.jit(lambda gram: spcl.orthogonal_decomposition(gram, alpha=2.0))
+
+    def total(gram: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(jnp.arange(3) + 1.0) * solve(gram))
+
+    with jax.enable_x64(True):
+        gradient = jax.jit(jax.grad(total))
+        for gram in (gram_of(gradients(10, 3)), 2.0 * jnp.eye(3)):
+            change = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3)))
+            change = change + change.T
+            step = 1e-5
+            slope = (total(gram + step * change) - total(gram - step * change)) / (2 * step)
+            np.testing.assert_allclose(jnp.sum(gradient(gram) * change), slope, rtol=1e-6)
+        both = jnp.stack([gram_of(gradients(11, 3)), gram_of(gradients(12, 3))])
+        for gram, found in zip(both, jax.vmap(solve)(both), strict=True):
+            np.testing.assert_allclose(found, solve(gram), rtol=1e-9)
