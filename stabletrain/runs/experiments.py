@@ -59,6 +59,8 @@ class Row:
     label: str
     group: str
     baseline: str | None
+    without: tuple[str, ...]
+    """Metrics that its runs cannot have: their cells are empty, and count as complete."""
     order: int
     command: tuple[str, ...]
     values: Mapping[str, PaperValue] = field(default_factory=dict)
@@ -150,7 +152,7 @@ def _read_row(path: Path) -> Row:
     if "family" not in values or not isinstance(values.get("row"), dict):
         raise ConfigError(f"{path}: a row needs `family` and a table [row] with a label")
     row = dict(values["row"])
-    _refuse_unknown(path, row, ("label", "group", "baseline", "order", "command", "values", "cost_minutes"))
+    _refuse_unknown(path, row, ("label", "group", "baseline", "without", "order", "command", "values", "cost_minutes"))
     try:
         return Row(
             key=path.stem,
@@ -158,6 +160,7 @@ def _read_row(path: Path) -> Row:
             label=row["label"],
             group=row.get("group", ""),
             baseline=row.get("baseline"),
+            without=tuple(row.get("without", ())),
             order=row.get("order", 0),
             command=tuple(row.get("command", [values["family"]])),
             values={key: PaperValue(**entry) for key, entry in row.get("values", {}).items()},

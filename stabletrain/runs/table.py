@@ -34,6 +34,12 @@ class Cell:
     """Runs that ended without reaching the score of a `steps-to:` column."""
     paired: PairedDifference | None
     paper: PaperValue | None
+    without: bool = False
+    """The runs of this row cannot have the column's metric."""
+
+    def missing(self, asked: int) -> int:
+        """Of the runs asked for, those that neither have a value nor ended without one."""
+        return 0 if self.without else asked - self.summary.count - self.diverged - self.never
 
     @property
     def difference_to_paper(self) -> float:
@@ -60,7 +66,7 @@ class Table:
     @property
     def complete(self) -> bool:
         """True when every run that was asked for ended, with a value or as diverged."""
-        return all(cell.summary.count + cell.diverged + cell.never >= self.asked for cell in self.cells.values())
+        return all(cell.missing(self.asked) <= 0 for cell in self.cells.values())
 
     @property
     def marked(self) -> bool:
@@ -111,6 +117,7 @@ def build_table(spec: TableSpec, scale: str, runs: Mapping[str, Sequence[RunData
                 never=int(np.isinf(own).sum()),
                 paired=paired,
                 paper=row.values.get(column.paper),
+                without=column.metric in row.without,
             )
     for column in columns:
         for group in {row.group for row in rows}:
@@ -153,8 +160,7 @@ def format_value(summary: Summary, digits: int | None, plus_minus: str) -> str:
 
 
 def _counts(cell: Cell, asked: int) -> str:
-    missing = asked - cell.summary.count - cell.diverged - cell.never
-    counts = {"diverged": cell.diverged, "rescued": cell.rescued, "never": cell.never, "missing": missing}
+    counts = {"diverged": cell.diverged, "rescued": cell.rescued, "never": cell.never, "missing": cell.missing(asked)}
     return ", ".join(f"{count}/{asked} {name}" for name, count in counts.items() if count > 0)
 
 

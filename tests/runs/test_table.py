@@ -118,6 +118,16 @@ def test_runs_that_never_reach_a_score_are_said_and_not_averaged(table: Table) -
     assert "1/3 never" in to_markdown(table)
 
 
+def test_what_a_row_cannot_have_is_not_missing(root: Path, tmp_path: Path) -> None:
+    """A row says so itself: without its word the same cells are missing and the table is incomplete."""
+    made = runs(tmp_path, {"none": [0.5], "cs": [0.3]})
+    for more in ("", 'without = ["eval/score"]'):
+        (root / "paper" / "main" / "ls.toml").write_text(ROW.format(key="ls", label="ls", order=3, more=more))
+        found = build_table(read_table(root, "paper/main"), "small", made, [0])
+        assert found.complete == bool(more)
+        assert ("1/1 missing" in to_markdown(found)) == (not more)
+
+
 def test_the_papers_number_stands_beside_ours_with_the_difference(table: Table) -> None:
     assert "0.5 (+0.10)" in to_markdown(table)
     assert "read in: the README" in to_markdown(table)
