@@ -12,7 +12,7 @@ import numpy as np
 from stabletrain.diffusion.skips import SKIP_SCALINGS
 from stabletrain.diffusion.unet import STYLES, Style, UNet
 from stabletrain.diffusion.uvit import UViT
-from tests.diffusion.weights import Tree, inputs
+from tests.diffusion.weights import Tree, inputs, wave
 
 Case = dict[str, Any]
 
@@ -59,3 +59,50 @@ def shapes_of(kind: str, name: str) -> Tree:
     network = network_of(kind, name)
     labels = jnp.zeros(1, jnp.int32) if network.num_classes else None
     return jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)), jnp.zeros(1), labels)["params"]
+
+
+# --- five steps of training -------------------------------------------------------------------------------------------
+
+TRAINING: dict[str, Case] = {
+    "uvit": {
+        "backbone": "uvit", "image_size": 8, "channels": 1, "patch_size": 2, "width": 16, "depth": 4, "heads": 2,
+        "skip_scaling": "ls", "learning_rate": 2e-3, "warmup_steps": 3, "beta1": 0.99, "beta2": 0.9,
+        "weight_decay": 0.03, "gradient_clip": 0.0, "ema_decay": 0.9,
+    },
+    "unet": {
+        "backbone": "unet", "channels": 8, "multipliers": (1, 2), "blocks": 1, "heads": 1, "skip_scaling": "cs",
+        "kappa_indexing": "level", "learning_rate": 1e-3, "warmup_steps": 2, "beta1": 0.9, "beta2": 0.999,
+        "weight_decay": 0.0, "gradient_clip": 0.5, "ema_decay": 0.8,
+    },
+}  # fmt: skip
+TRAINING_STEPS = 5
+TRAINING_BATCH = 4
+
+
+def training_experiment(name: str) -> Any:
+    """The package's experiment of a training case, on the digits."""
+    from stabletrain.diffusion.config import DiffusionConfig, resolve
+    from stabletrain.diffusion.family import build
+    from stabletrain.training.config import make_config
+    from stabletrain.training.devices import make_mesh
+
+    case = TRAINING[name]
+    other = {"channels": "width", "multipliers": "channel_multipliers", "blocks": "depth"} if name == "unet" else {}
+    values = {other.get(key, key): value for key, value in case.items() if key not in ("image_size", "channels")}
+    if name == "unet":
+        values |= {"width": case["channels"], "attention": (4,), "kappa_indexing": "per-level", "dropout": 0.0}
+    values |= {"steps": 100, "batch_size": TRAINING_BATCH, "lr_decay": "constant", "ema_ramp": False}
+    return build(resolve(make_config(DiffusionConfig, values)), mesh=make_mesh(1, 1))
+
+
+def training_shapes(name: str) -> Tree:
+    """The shapes of a training case's parameters."""
+    return jax.eval_shape(training_experiment(name).init, jax.random.key(0)).params
+
+
+def training_inputs(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Images [B, 8, 8, 1] in [-1, 1], labels [B], times [B] in [0, 1] and noise of one step, in float64."""
+    shape = (TRAINING_BATCH, 8, 8, 1)
+    labels = np.arange(TRAINING_BATCH) * 3 % 10 + (step == 1)  # 10 is "none"
+    times = (np.arange(TRAINING_BATCH) + 0.5 + 0.09 * step) / TRAINING_BATCH
+    return wave(f"clean {step}", shape), labels, times, 1.4 * wave(f"noise {step}", shape)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.diffusion.cases import UNET_CASES, UVIT_CASES, case_inputs, network_of, shapes_of
-from tests.diffusion.weights import by_name, filled, wave
+from tests.diffusion.weights import by_name, filled, summary_of, wave
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-9
@@ -36,15 +36,14 @@ def our_numbers(kind: str, name: str) -> dict[str, np.ndarray]:
         # not compiled as one: the cases share most of their operations, so that each compiles once for all of them
         differentiated = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
         (_, out), (by_params, by_images) = differentiated(jax.tree.map(jnp.asarray, params), jnp.asarray(images))
-        gradients = {key: np.asarray(value) for key, value in by_name(by_params).items()}
-        summary = [[np.linalg.norm(g), np.sum(g * wave(key, g.shape))] for key, g in sorted(gradients.items())]
-        return {"output": np.asarray(out), "images": np.asarray(by_images), "gradients": np.array(summary)}
+        gradients = summary_of({key: np.asarray(value) for key, value in by_name(by_params).items()})
+        return {"output": np.asarray(out), "images": np.asarray(by_images), "gradients": gradients}
 
 
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = TOLERANCE) -> None:
     """Every number of both agrees, relative to the largest of its array."""
     assert set(found) == set(expected)
     for key in expected:
         assert found[key].dtype == np.float64
         scale = np.abs(expected[key]).max()
-        np.testing.assert_allclose(found[key], expected[key], rtol=TOLERANCE, atol=TOLERANCE * scale, err_msg=key)
+        np.testing.assert_allclose(found[key], expected[key], rtol=tolerance, atol=tolerance * scale, err_msg=key)

@@ -14,8 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from stabletrain.diffusion.unet import DDPM
-from tests.diffusion.cases import UNET_CASES, UVIT_CASES, case_inputs, shapes_of
-from tests.diffusion.weights import by_name, filled, wave
+from tests.diffusion.cases import (
+    TRAINING,
+    TRAINING_STEPS,
+    UNET_CASES,
+    UVIT_CASES,
+    case_inputs,
+    shapes_of,
+    training_inputs,
+    training_shapes,
+)
+from tests.diffusion.weights import by_name, filled, summary_of, wave
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -27,7 +36,7 @@ class Params(dict):
         return F.linear(x, self[f"{name}/kernel"].T, self.get(f"{name}/bias"))
 
     def conv(self, x, name, stride=1, padding=1):
-        kernel = self[f"{name}/kernel"].permute(3, 2, 0, 1)
+        kernel = self[f"{name}/kernel"].permute(3, 2, 0, 1).contiguous()
         return F.conv2d(x, kernel, self[f"{name}/bias"], stride=stride, padding=padding)
 
     def layer_norm(self, x, name):
@@ -225,9 +234,44 @@ def numbers(kind: str, name: str) -> dict[str, np.ndarray]:
     x = torch.tensor(images, requires_grad=True)
     out = network(p, case, x, torch.tensor(times), None if labels is None else torch.tensor(labels))
     (out * torch.tensor(wave("cotangent", tuple(out.shape)))).sum().backward()
-    gradients = [p[key].grad.numpy() for key in sorted(p)]
-    summary = [[np.linalg.norm(g), np.sum(g * wave(key, g.shape))] for key, g in zip(sorted(p), gradients)]
-    return {"output": out.detach().numpy(), "images": x.grad.numpy(), "gradients": np.array(summary)}
+    gradients = summary_of({key: value.grad.numpy() for key, value in p.items()})
+    return {"output": out.detach().numpy(), "images": x.grad.numpy(), "gradients": gradients}
+
+
+def trained(name: str) -> dict[str, np.ndarray]:
+    """Five steps of `TRAINING[name]` with PyTorch's own AdamW, warm-up, clipping and a moving average: the VP-SDE.
+
+    The losses, and of every parameter and its average the same two numbers as in `numbers`.
+    """
+    case = TRAINING[name]
+    network = {"uvit": uvit, "unet": unet}[case["backbone"]]
+    start = by_name(filled(training_shapes(name)))
+    p = Params({key: torch.tensor(value, requires_grad=True) for key, value in start.items()})
+    average = {key: value.detach().clone() for key, value in p.items()}
+    betas = (case["beta1"], case["beta2"])
+    optimizer = torch.optim.AdamW(p.values(), case["learning_rate"], betas, 1e-8, weight_decay=case["weight_decay"])
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / case["warmup_steps"], 1))
+    losses = []
+    for step in range(TRAINING_STEPS):
+        clean, labels, times, noise = (torch.tensor(array) for array in training_inputs(step))
+        alpha = torch.exp(-0.25 * times**2 * (20 - 0.1) - 0.5 * times * 0.1)[:, None, None, None]
+        noisy = alpha * clean + torch.sqrt(1 - alpha**2) * noise
+        loss = F.mse_loss(network(p, case, noisy, 999 * times, labels), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        if case["gradient_clip"]:
+            torch.nn.utils.clip_grad_norm_(p.values(), case["gradient_clip"])
+        optimizer.step()
+        warm.step()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for key, value in p.items():
+                average[key].mul_(case["ema_decay"]).add_(value, alpha=1 - case["ema_decay"])
+    return {
+        "losses": np.array(losses),
+        "params": summary_of({key: value.detach().numpy() for key, value in p.items()}),
+        "ema": summary_of({key: value.numpy() for key, value in average.items()}),
+    }
 
 
 def main() -> None:
@@ -235,6 +279,8 @@ def main() -> None:
     for kind, cases in (("uvit", UVIT_CASES), ("unet", UNET_CASES)):
         everything = {f"{name}:{key}": value for name in cases for key, value in numbers(kind, name).items()}
         np.savez_compressed(FIXTURES / f"{kind}.npz", **everything)
+    courses = {f"{name}:{key}": value for name in TRAINING for key, value in trained(name).items()}
+    np.savez_compressed(FIXTURES / "training.npz", **courses)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ def filled(shapes: Tree) -> Tree:
     )
 
 
+def summary_of(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Two numbers of each array, by name: its norm, and its product with a wave of its own name."""
+    return np.array([[np.linalg.norm(a), np.sum(a * wave(key, a.shape))] for key, a in sorted(arrays.items())])
+
+
 def inputs(size: int, channels: int, num_classes: int, batch: int = 3) -> tuple[np.ndarray, np.ndarray, Any]:
     """Images [B, H, W, C], times [B] and labels [B] (the null label last) or None."""
     images = wave("images", (batch, size, size, channels))
