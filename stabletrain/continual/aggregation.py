@@ -22,6 +22,7 @@ from stabletrain.continual.aggregators.learned_weights import WEIGHT_RATE
 from stabletrain.continual.aggregators.transform import gram_matrix, weighted_sum
 from stabletrain.continual.baselines import RULES
 from stabletrain.continual.config import ContinualConfig, filled
+from stabletrain.continual.indicators import gram_indicators
 
 Array = jax.Array
 Params = Any
@@ -34,9 +35,7 @@ class Aggregated:
 
     update: Params
     losses: Array  # [K]
-    gram: Array  # [K, K]
-    slopes: Array  # [K]: <g_i, update>
-    square: Array  # ||update||^2
+    indicators: dict[str, Array]
     state: Any
     auxiliary: dict[str, Any]  # each leaf with the slots first
 
@@ -52,6 +51,7 @@ class Aggregation:
         self.name = filled(config.aggregator)
         self.width = width
         self._memory = config.gradient_memory
+        self._float64 = config.gram_precision == "float64"
         self._rule = RULES.get(self.name)
         self._aggregator: Aggregator | ElementwiseAggregator | None = None
         if self._rule is None:
@@ -59,6 +59,7 @@ class Aggregation:
                 self.name,
                 alpha=10.0 if config.decomposition_alpha is None else config.decomposition_alpha,
                 scale=config.aggregator_scale or "min",
+                floor=config.scale_floor or 0.0,
                 rate=WEIGHT_RATE if config.weight_rate is None else config.weight_rate,
             )
 
@@ -92,22 +93,38 @@ class Aggregation:
             assert isinstance(self._aggregator, Aggregator)
             # By identity, which is unique among the slots that are on; the others fall off the end.
             place = jnp.where(on, identity, self.width)
-            rows = jnp.zeros((self.width, self.width)).at[place[:, None], place[None, :]].set(gram, mode="drop")
-            kept = jnp.zeros(self.width).at[place].set(losses, mode="drop")
+            whole = jnp.zeros((self.width, self.width), gram.dtype)
+            rows = whole.at[place[:, None], place[None, :]].set(gram, mode="drop")
+            kept = jnp.zeros(self.width, gram.dtype).at[place].set(losses, mode="drop")
             mask = jnp.zeros(self.width, bool).at[place].set(on, mode="drop")
             weights, new = weigh(self._aggregator, rows, kept, mask, key, state)
             return jnp.where(on, weights[identity], 0.0), new
 
-        found = _at_once if self._memory == "fast" else _one_by_one
-        return found(loss_of, params, slots, on, weights_of)
+        if self._memory == "fast":
+            return _at_once(loss_of, params, slots, on, weights_of, float64=self._float64)
+        return _one_by_one(loss_of, params, slots, on, weights_of)
 
 
 WeightsOf = Callable[[Array, Array], tuple[Array, Any]]
 
 
-def _of_weights(update: Params, losses: Array, gram: Array, weights: Array, new: Any, auxiliary: Any) -> Aggregated:
+def _weigh_and_judge(
+    losses: Array, gram: Array, on: Array, weights_of: WeightsOf
+) -> tuple[Array, Any, dict[str, Array]]:
+    """Weights, the aggregator's new state, and the indicators of sum_i w_i g_i."""
+    weights, new = weights_of(losses, gram)
     slopes = gram @ weights
-    return Aggregated(update, losses, gram, slopes, weights @ slopes, new, auxiliary)
+    return weights, new, gram_indicators(gram, on, slopes, weights @ slopes)
+
+
+def _in_float64(
+    losses: Array, gradients: Params, on: Array, weights_of: WeightsOf
+) -> tuple[Array, Any, dict[str, Array]]:
+    """The same with the Gram matrix and all that is made of it in float64; results in float32."""
+    with jax.enable_x64(True):
+        gram = gram_matrix(gradients, jnp.float64)
+        found = _weigh_and_judge(losses.astype(jnp.float64), gram, on, weights_of)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
 
 
 def _all_gradients(loss_of: SlotLoss, params: Params, slots: Any, on: Array) -> tuple[Array, dict[str, Any], Params]:
@@ -118,12 +135,16 @@ def _all_gradients(loss_of: SlotLoss, params: Params, slots: Any, on: Array) -> 
     return losses, auxiliary, gradients
 
 
-def _at_once(loss_of: SlotLoss, params: Params, slots: Any, on: Array, weights_of: WeightsOf) -> Aggregated:
+def _at_once(
+    loss_of: SlotLoss, params: Params, slots: Any, on: Array, weights_of: WeightsOf, *, float64: bool
+) -> Aggregated:
     """All gradients are held together, K times the parameters."""
     losses, auxiliary, gradients = _all_gradients(loss_of, params, slots, on)
-    gram = gram_matrix(gradients)
-    weights, new = weights_of(losses, gram)
-    return _of_weights(weighted_sum(weights, gradients), losses, gram, weights, new, auxiliary)
+    if float64:
+        weights, new, indicators = _in_float64(losses, gradients, on, weights_of)
+    else:
+        weights, new, indicators = _weigh_and_judge(losses, gram_matrix(gradients), on, weights_of)
+    return Aggregated(weighted_sum(weights, gradients), losses, indicators, new, auxiliary)
 
 
 def _elements_at_once(
@@ -137,7 +158,8 @@ def _elements_at_once(
         (jnp.tensordot(g.reshape(len(on), -1), u.reshape(-1), 1, precision="highest") for g, u in rows),
         start=jnp.zeros(len(on)),
     )
-    return Aggregated(update, losses, gram_matrix(gradients), slopes, _square(update), state, auxiliary)
+    indicators = gram_indicators(gram_matrix(gradients), on, slopes, _square(update))
+    return Aggregated(update, losses, indicators, state, auxiliary)
 
 
 def _square(update: Params) -> Array:
@@ -198,13 +220,13 @@ def _one_by_one(loss_of: SlotLoss, params: Params, slots: Any, on: Array, weight
     Gram matrix and the update are those of `_at_once` up to rounding.
     """
     losses, gram, auxiliary = _gram_one_by_one(loss_of, params, slots, on)
-    weights, new = weights_of(losses, gram)
+    weights, new, indicators = _weigh_and_judge(losses, gram, on, weights_of)
 
     def add(i: Array, total: Params, gradient: Params) -> Params:
         return jax.tree.map(lambda t, g: t + weights[i] * g, total, gradient)
 
     update = _accumulated(loss_of, params, slots, weights != 0, add, jax.tree.map(jnp.zeros_like, params))
-    return _of_weights(update, losses, gram, weights, new, auxiliary)
+    return Aggregated(update, losses, indicators, new, auxiliary)
 
 
 def _elements_one_by_one(
@@ -227,4 +249,5 @@ def _elements_one_by_one(
         return jnp.where(on[i], found, 0.0)
 
     slopes = lax.map(slope, jnp.arange(len(on)))
-    return Aggregated(update, losses, gram, slopes, _square(update), state, auxiliary)
+    indicators = gram_indicators(gram, on, slopes, _square(update))
+    return Aggregated(update, losses, indicators, state, auxiliary)

@@ -93,6 +93,14 @@ class ContinualConfig(TrainConfig):
         None, "spcl and aligned: length that the conditioned gradients get.", panel=METHOD,
         choices=("min", "median", "rmse", "none"),
     )  # fmt: skip
+    scale_floor: float | None = option(
+        None, "spcl and aligned: least length that they get, as a share of the largest singular value, so that the "
+        "step cannot collapse (0.01 for spcl, 0 for the released ones).", panel=METHOD, minimum=0.0, maximum=1.0,
+    )  # fmt: skip
+    gram_precision: str = option(
+        "float32", "Type of the gradients' Gram matrix and of what is made of it: float32 tells condition numbers up "
+        "to some 1e3.", panel=METHOD, choices=("float32", "float64"),
+    )  # fmt: skip
     weight_rate: float | None = option(
         None, "uw and gradnorm: learning rate of the weights that they learn (0.025).", panel=METHOD, minimum=0.0
     )
@@ -253,6 +261,13 @@ def _method_problems(config: ContinualConfig, whole: ContinualConfig) -> Iterato
         yield f"--decomposition-alpha does nothing with --aggregator {rule}: it belongs to spcl"
     if config.aggregator_scale is not None and rule not in SCALED:
         yield f"--aggregator-scale does nothing with --aggregator {rule}: it belongs to {', '.join(SCALED)}"
+    if config.scale_floor is not None and rule not in SCALED:
+        yield f"--scale-floor does nothing with --aggregator {rule}: it belongs to {', '.join(SCALED)}"
+    if config.scale_floor and config.aggregator_scale == "none":
+        yield "--scale-floor does nothing with --aggregator-scale none"
+    if config.gram_precision == "float64" and (config.gradient_memory == "low" or rule == "graddrop"):
+        why = "--aggregator graddrop" if rule == "graddrop" else "--gradient-memory low, whose products are float32"
+        yield f"--gram-precision float64 does nothing with {why}"
     if config.weight_rate is not None and rule not in LEARNED:
         yield f"--weight-rate does nothing with --aggregator {rule}: it belongs to {' and '.join(LEARNED)}"
     without_memory = whole.memory_per_class == 0
@@ -378,6 +393,8 @@ def resolve(config: ContinualConfig) -> ContinualConfig:
         chosen |= {"decomposition_alpha": 10.0}
     if whole.aggregator in SCALED:
         chosen |= {"aggregator_scale": "rmse" if whole.aggregator == "spcl" else "min"}
+        bounded = whole.aggregator == "spcl" and whole.aggregator_scale != "none"
+        chosen |= {"scale_floor": 0.01 if bounded else 0.0}
     if whole.aggregator in LEARNED:
         chosen |= {"weight_rate": 0.025}
     if whole.distill_weight:

@@ -24,7 +24,6 @@ from stabletrain.continual.buffer import RehearsalBuffer
 from stabletrain.continual.config import ContinualConfig, filled
 from stabletrain.continual.evaluation import evaluate_run
 from stabletrain.continual.forward import LayerRegularizer
-from stabletrain.continual.indicators import gram_indicators
 from stabletrain.continual.losses import (
     cross_entropy,
     icarl_loss,
@@ -337,7 +336,7 @@ class ContinualExperiment:
             "train/loss": loss,
             "stability/gradients": jnp.sum(on),
             "stability/tasks_active": jnp.sum(current),
-            **{f"stability/{k}": v for k, v in gram_indicators(found.gram, on, found.slopes, found.square).items()},
+            **{f"stability/{name}": value for name, value in found.indicators.items()},
             **{f"stability/loss/task_{t}": new.losses[1 + t] for t in range(self.timeline.tasks)},
             **({"stability/loss/memory": new.losses[0]} if self.capacity else {}),
             **({"train/orthogonality": penalty} if self.regularizer.on else {}),

@@ -7,6 +7,7 @@ With M_ij = <g_i, g_j> and a mask of the gradients that are there:
     cosines            mean and least over the pairs; the conflict rate is the share of pairs below 0
     magnitudes         2 ||g_i|| ||g_j|| / (||g_i||^2 + ||g_j||^2), mean over the pairs (Yu et al. 2020)
     least progress     min_i cos(d, g_i): an update d conflicts with no task where it is >= 0
+    update share       ||d|| / ||sum_i g_i||: near 0 where an aggregator makes the step collapse
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def gram_indicators(gram: Array, mask: Array, slopes: Array, square: Array) -> d
     `slopes` [K]: <g_i, d>; `square`: ||d||^2. For d = sum_i w_i g_i they are M w and w^T M w.
 
     Pairs are those of two gradients that are there; with fewer than two, cosines and similarity are 1, the conflict
-    rate is 0.
+    rate is 0. Where the gradients' sum is 0 the update's share of it is told as 1.
     """
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0.0))
     present = mask & (norms > 0)
@@ -63,6 +64,7 @@ def gram_indicators(gram: Array, mask: Array, slopes: Array, square: Array) -> d
     shares = values / jnp.where(values.sum() > 0, values.sum(), 1.0)
     entropy = -jnp.sum(jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), 0.0))
     length = jnp.sqrt(jnp.maximum(square, 0.0))
+    total = jnp.sqrt(jnp.maximum(jnp.sum(jnp.where(mask[:, None] & mask[None, :], gram, 0.0)), 0.0))
     progress = slopes / jnp.where(present & (length > 0), norms * length, 1.0)
     return {
         "condition": condition(gram, mask),
@@ -71,6 +73,7 @@ def gram_indicators(gram: Array, mask: Array, slopes: Array, square: Array) -> d
         "min_cosine": jnp.min(jnp.where(pairs, cosines, 1.0)),
         "conflict_rate": mean((cosines < 0).astype(jnp.float32), 0.0),
         "magnitude_similarity": mean(2 * product / squares, 1.0),
+        "update_share": jnp.where(total > 0, length / jnp.where(total > 0, total, 1.0), 1.0),
         "least_progress": jnp.min(jnp.where(present & (length > 0), progress, 1.0)),
     }
 

@@ -184,6 +184,24 @@ def test_one_gradient_at_a_time_gives_the_same_update(method: str):
     assert params[0][1] == pytest.approx(params[1][1], rel=1e-3)
 
 
+def test_a_float64_gram_matrix_tells_what_float32_cannot():
+    """The same examples in two slots, but for one: float32 rounds the smallest singular value away."""
+    told = []
+    for precision in ("float32", "float64"):
+        made = experiment(method="aligned-mtl", gram_precision=precision, batch_size=64, memory_per_class=0)
+        state, batch = fresh_state(made), made.batch(made.timeline.starts[1])
+        on = np.flatnonzero(batch["kind"] == TASK)[:2]
+        for name in ("index", "weight"):
+            batch[name][on[1]] = batch[name][on[0]]
+        batch["weight"][on[1], 0] = 1.01  # almost the same loss, almost the same gradient
+        _, metrics = jax.jit(made.step)(state, {**batch, **made.resident})
+        assert metrics["stability/condition"].dtype == jnp.float32
+        told.append(float(metrics["stability/condition"]))
+        assert np.isfinite(metrics["stability/least_progress"])
+    assert 1e4 < told[1] < 1e6
+    assert abs(told[0] - told[1]) > 0.5 * told[1]
+
+
 def test_stored_logits_are_those_of_the_step_at_which_an_example_came():
     made = experiment(method="der")
     state = fresh_state(made)

@@ -28,6 +28,7 @@ def test_golden_values_of_two_conflicting_gradients():
     d = np.asarray(GOLDEN.sum(0))
     cosines = np.asarray(GOLDEN) @ d / np.linalg.norm(GOLDEN, axis=1) / np.linalg.norm(d)
     np.testing.assert_allclose(found["least_progress"], cosines.min(), rtol=1e-5)
+    np.testing.assert_allclose(found["update_share"], 1, rtol=1e-6)
 
 
 def test_slots_that_are_off_change_nothing():

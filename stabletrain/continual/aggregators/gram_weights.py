@@ -76,10 +76,10 @@ def _norm_rule(gram: Array, mask: Array) -> Array:
     return over(jnp.ones(len(gram), gram.dtype), norms(gram))
 
 
-def _aligned(gram: Array, mask: Array, *, scale: str) -> Array:
+def _aligned(gram: Array, mask: Array, *, scale: str, floor: float = 0.0) -> Array:
     """sigma V Sigma^-1 V^T 1. Source: Senushkin et al. 2023 (Aligned-MTL), with unit task weights."""
     del mask
-    return spcl.scale_of(gram, scale) * jnp.sum(spcl.polar_weights(gram), 1)
+    return spcl.scale_of(gram, scale, floor=floor) * jnp.sum(spcl.polar_weights(gram), 1)
 
 
 def _imtl(gram: Array, mask: Array) -> Array:
@@ -236,16 +236,24 @@ def weigh(aggregator: Aggregator, gram: Array, losses: Array, mask: Array, key: 
 
 
 def make_aggregator(
-    name: str, *, alpha: float = 10.0, scale: str = "min", c: float = 0.5, rate: float = learned_weights.WEIGHT_RATE
+    name: str,
+    *,
+    alpha: float = 10.0,
+    scale: str = "min",
+    floor: float = 0.0,
+    c: float = 0.5,
+    rate: float = learned_weights.WEIGHT_RATE,
 ) -> Aggregator | ElementwiseAggregator:
-    """The aggregator of a name. `alpha`: spcl's; `scale`: spcl's and Aligned-MTL's; `c`: CAGrad's; `rate`: with which
-    UW and GradNorm learn their weights.
+    """The aggregator of a name. `alpha`: spcl's; `scale` and its `floor`: spcl's and Aligned-MTL's; `c`: CAGrad's;
+    `rate`: with which UW and GradNorm learn their weights.
+
+    Raises: `KeyError` for an unknown name.
     """
     if name in ("spcl", "spcl-released"):
         solve = spcl.orthogonal_decomposition if name == "spcl" else spcl.released_decomposition
-        return _plain(lambda gram, mask: solve(gram, alpha=alpha, scale=scale))
+        return _plain(lambda gram, mask: solve(gram, alpha=alpha, scale=scale, floor=floor))
     if name == "aligned-mtl":
-        return _plain(functools.partial(_aligned, scale=scale))
+        return _plain(functools.partial(_aligned, scale=scale, floor=floor))
     if name == "cagrad":
         return _plain(functools.partial(_cagrad, c=c))
     if name == "uw":

@@ -70,12 +70,41 @@ def test_gradients_that_are_off_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", OF_GRAM)
-@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e12])
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e15])
 def test_weights_are_finite_at_any_scale_and_rank(name, scale):
     rng = np.random.default_rng(1)
     full, twice = rng.standard_normal((3, 6)), np.repeat(rng.standard_normal((1, 6)), 3, 0)
-    for rows in (full * scale, twice * scale, np.zeros((3, 6))):
-        assert np.isfinite(weights(name, rows)).all()
+    for rows in (full * scale, twice * scale, np.vstack([full[:2], -full[:1]]) * scale, np.zeros((3, 6))):
+        found = weights(name, rows)
+        assert found.shape == (3,)
+        assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("name", OF_GRAM)
+def test_gradients_of_zero_give_no_update(name):
+    """A task whose gradient is 0 changes no other's part by more than its place in a mean; all zeros give zero."""
+    assert not (weights(name, np.zeros((3, 6))) @ np.zeros((3, 6))).any()
+    rows = np.random.default_rng(4).standard_normal((3, 6))
+    rows[1] = 0
+    assert np.isfinite(weights(name, rows)).all()
+
+
+HOMOGENEOUS = (
+    "sum", "mean", "mgda", "nmgda", "pcgrad", "gradvac", "cagrad", "imtl-g", "aligned-mtl", "upgrad", "dualproj",
+    "config", "rlw", "dwa", "uw", "gradnorm", "maxdo",
+)  # fmt: skip
+"""Weights that the scale of all gradients together does not change: the update is in proportion to it."""
+
+
+@pytest.mark.parametrize("name", OF_GRAM)
+def test_weights_and_the_scale_of_all_gradients(name):
+    """The others give an update of a length of their own (unit gradients, Nash's), or know one (alpha, EMGD's 5)."""
+    rows = np.random.default_rng(5).standard_normal((3, 6))
+    one, other = weights(name, rows), weights(name, 1e4 * rows)
+    if name in HOMOGENEOUS:
+        np.testing.assert_allclose(other, one, rtol=1e-2, atol=1e-4)
+    else:
+        assert np.abs(other - one).max() > 1e-2 * np.abs(one).max()
 
 
 @pytest.mark.parametrize("name", ["mgda", "upgrad", "dualproj"])
@@ -88,7 +117,7 @@ def test_no_conflict_where_none_is_promised(name):
         assert (rows @ update > -slack - 0.01).all()
 
 
-@pytest.mark.parametrize("name", ["mgda", "cagrad", "imtl-g", "aligned-mtl", "upgrad", "config", "spcl"])
+@pytest.mark.parametrize("name", [name for name in OF_GRAM if name not in ("pcgrad", "gradvac", "rlw")])
 def test_the_order_of_the_gradients_does_not_matter(name):
     rows, order = np.random.default_rng(2).standard_normal((3, 6)), [2, 0, 1]
     np.testing.assert_allclose(
@@ -134,5 +163,7 @@ def test_settings_reach_the_rules():
     args = (rows @ rows.T, jnp.ones(2), jnp.ones(2, bool), jax.random.key(0), {})
     loose = make_aggregator("spcl", alpha=0.0, scale="none").weights(*args)[0] @ rows
     np.testing.assert_allclose(loose, (3.886751, 3.886751, 3.886751), rtol=1e-4)
+    floored = make_aggregator("aligned-mtl", scale="min", floor=1.0).weights(*args)[0]
+    np.testing.assert_allclose(floored, make_aggregator("aligned-mtl", scale="min").weights(*args)[0] * 3.6886997, 1e-4)
     small, large = (make_aggregator("aligned-mtl", scale=s).weights(*args)[0] for s in ("min", "rmse"))
     assert np.linalg.norm(large) > 1.5 * np.linalg.norm(small)
