@@ -2,7 +2,7 @@
 
 The trunk of a discriminator gives features F [B, F]. `Head` makes of them, and of the labels y [B], an adversarial
 score per sample and whatever the conditioning's class loss needs; `CLASS_LOSSES` are those losses. Everything after the
-trunk is computed in float32.
+trunk is computed in at least float32.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, features: Array, labels: Array | None, *, train: bool) -> HeadOutput:
         """Features [B, F] and labels [B] (None for the kind `none`)."""
-        features = features.astype(jnp.float32)
+        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         width = features.shape[-1]
         classes = self._classes(features, "", train)
         if self.kind == "multi-hinge":

@@ -74,7 +74,7 @@ class Generator:
             variables, z, asked, train=train, rngs={"noise": key}, mutable=mutable
         )  # fmt: skip
         kept = {name: variables[name] for name in STATISTICS if name in variables}
-        return samples.astype(jnp.float32), {**kept, **changed}
+        return samples.astype(jnp.promote_types(samples.dtype, jnp.float32)), {**kept, **changed}
 
     def styles(self, variables: Mapping[str, Any], z: Array, labels: Array | None, key: Array, *, train: bool) -> Array:
         """[B, L, D]: the styles of latents."""
