@@ -22,7 +22,7 @@ from stabletrain.continual.aggregators.learned_weights import WEIGHT_RATE
 from stabletrain.continual.aggregators.transform import gram_matrix, weighted_sum
 from stabletrain.continual.baselines import RULES
 from stabletrain.continual.config import ContinualConfig, filled
-from stabletrain.continual.indicators import gram_indicators
+from stabletrain.continual.indicators import condition, gram_indicators
 
 Array = jax.Array
 Params = Any
@@ -86,10 +86,10 @@ class Aggregation:
             select = _elements_at_once if self._memory == "fast" else _elements_one_by_one
             return select(self._aggregator, loss_of, params, slots, on, key, state)
 
-        def weights_of(losses: Array, gram: Array) -> tuple[Array, Any]:
+        def weights_of(losses: Array, gram: Array) -> tuple[Array, Any, dict[str, Array]]:
             if self._rule is not None:
                 weights = self._rule(gram, losses, current, memory)
-                return jnp.where(jnp.sum(on) > 1, weights, on.astype(weights.dtype)), state
+                return jnp.where(jnp.sum(on) > 1, weights, on.astype(weights.dtype)), state, {}
             assert isinstance(self._aggregator, Aggregator)
             # By identity, which is unique among the slots that are on; the others fall off the end.
             place = jnp.where(on, identity, self.width)
@@ -97,24 +97,29 @@ class Aggregation:
             rows = whole.at[place[:, None], place[None, :]].set(gram, mode="drop")
             kept = jnp.zeros(self.width, gram.dtype).at[place].set(losses, mode="drop")
             mask = jnp.zeros(self.width, bool).at[place].set(on, mode="drop")
-            weights, new = weigh(self._aggregator, rows, kept, mask, key, state)
-            return jnp.where(on, weights[identity], 0.0), new
+            if self._aggregator.columns is None:
+                weights, new = weigh(self._aggregator, rows, kept, mask, key, state)
+                return jnp.where(on, weights[identity], 0.0), new, {}
+            columns, length = self._aggregator.columns(rows, mask)
+            weights = jnp.where(jnp.sum(on) > 1, length * jnp.sum(columns, 1), mask.astype(rows.dtype))
+            after = {"condition_after": condition(columns.T @ rows @ columns, mask)}
+            return jnp.where(on, weights[identity], 0.0), state, after
 
         if self._memory == "fast":
             return _at_once(loss_of, params, slots, on, weights_of, float64=self._float64)
         return _one_by_one(loss_of, params, slots, on, weights_of)
 
 
-WeightsOf = Callable[[Array, Array], tuple[Array, Any]]
+WeightsOf = Callable[[Array, Array], tuple[Array, Any, dict[str, Array]]]
 
 
 def _weigh_and_judge(
     losses: Array, gram: Array, on: Array, weights_of: WeightsOf
 ) -> tuple[Array, Any, dict[str, Array]]:
     """Weights, the aggregator's new state, and the indicators of sum_i w_i g_i."""
-    weights, new = weights_of(losses, gram)
+    weights, new, after = weights_of(losses, gram)
     slopes = gram @ weights
-    return weights, new, gram_indicators(gram, on, slopes, weights @ slopes)
+    return weights, new, {**gram_indicators(gram, on, slopes, weights @ slopes), **after}
 
 
 def _in_float64(

@@ -19,8 +19,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
 import numpy as np
 
+from stabletrain.continual.forward import orthogonality_gap
 from stabletrain.continual.indicators import layer_spectrum, subspace_overlap, transition_dips
 from stabletrain.continual.networks import kernel_of
 from stabletrain.continual.pictures import accuracy_picture, timeline_picture
@@ -95,7 +97,8 @@ def evaluate_run(
 
 
 def layer_scalars(experiment: ContinualExperiment, state: ContinualState) -> dict[str, float]:
-    """`eval/singular_largest/<layer>` and `eval/singular_spread/<layer>` (largest over smallest) of each layer.
+    """`eval/singular_largest/<layer>` and `eval/singular_spread/<layer>` (largest over smallest) of each layer, and
+    `eval/orthogonality_gap/<layer>`, its SPCL loss less the least that its shape allows: 0 = orthogonal.
 
     Convolutions as circular ones over 8x8 pixels. Layers of more than 128 channels are left out.
     """
@@ -107,6 +110,7 @@ def layer_scalars(experiment: ContinualExperiment, state: ContinualState) -> dic
         values = layer_spectrum(kernel, SPECTRUM_SIZE)
         scalars[f"eval/singular_largest/{layer.name}"] = float(values[0])
         scalars[f"eval/singular_spread/{layer.name}"] = float(values[0] / max(values[-1], 1e-12))
+        scalars[f"eval/orthogonality_gap/{layer.name}"] = orthogonality_gap(jnp.asarray(kernel), layer)
     return scalars
 
 

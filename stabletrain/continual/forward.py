@@ -56,6 +56,12 @@ class LayerRegularizer:
         return value, jax.tree.map(lambda u, g: u + self.weight * g, update, gradient)
 
 
+def orthogonality_gap(kernel: Array, layer: Layer) -> float:
+    """A layer's `dbt` loss (the smaller Gram matrix's for dense ones) above the least that its shape allows."""
+    floor = spcl.orthogonality_floor(kernel.shape, layer.stride) if layer.kind == "conv" else 0
+    return float(layer_loss("dbt", kernel, layer)) - floor
+
+
 def layer_loss(kind: str, kernel: Array, layer: Layer) -> Array:
     """The loss of one layer. Dense layers and 1x1 shortcuts have the smaller Gram matrix's, whatever the kind."""
     if kernel.ndim == 2 or kernel.shape[:2] == (1, 1):

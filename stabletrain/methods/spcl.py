@@ -250,10 +250,18 @@ def orthogonal_decomposition(gram: Array, *, alpha: float, scale: str = "none", 
 
 
 def released_decomposition(gram: Array, *, alpha: float = 10.0, scale: str = "min", floor: float = 0.0) -> Array:
-    """Weights [T] as the released penalty loop gives them, in T x T.
+    """Weights [T] as the released penalty loop gives them: those of `released_columns`, times the smallest singular
+    value of G, or another length.
+    """
+    length = scale_of(gram, scale, floor=floor, tolerance=RELEASED_TOLERANCE)
+    return length * jnp.sum(released_columns(gram, alpha=alpha), 1)
+
+
+def released_columns(gram: Array, *, alpha: float = 10.0) -> Array:
+    """W [T, T] with Q = G W as the released penalty loop leaves it, in T x T.
 
     From the polar factor 100 heavy-ball steps (rate 1e-5, momentum 0.9) on ||G - Q||^2 + 500 ||Q^T Q - diag(d)||^2
-    with d in closed form, until the objective changes by less than 1e-5; times the smallest singular value of G.
+    with d in closed form, until the objective changes by less than 1e-5.
     """
     identity, penalty = jnp.eye(len(gram), dtype=gram.dtype), RELEASED_PENALTY
 
@@ -278,5 +286,4 @@ def released_decomposition(gram: Array, *, alpha: float = 10.0, scale: str = "mi
         return i + 1, w, velocity, d, now, jnp.abs(before - now) >= RELEASED_STOP
 
     first = (0, start, jnp.zeros_like(start), d, objective(start, d), jnp.array(True))
-    w = lax.while_loop(lambda c: (c[0] < RELEASED_ITERATIONS) & c[5], body, first)[1]
-    return scale_of(gram, scale, floor=floor, tolerance=RELEASED_TOLERANCE) * jnp.sum(w, 1)
+    return lax.while_loop(lambda c: (c[0] < RELEASED_ITERATIONS) & c[5], body, first)[1]

@@ -100,3 +100,14 @@ def test_dips_are_those_of_the_tasks_that_were_there():
     assert dips[1] == pytest.approx(0.5)
     assert transition_dips(steps, accuracy, np.array([0, 5]), 1)[1] == pytest.approx(0.4)
     assert transition_dips(steps, accuracy, np.array([0, 3]), 4)[1] is None
+
+
+def test_a_layer_s_gap_is_zero_where_it_is_as_orthogonal_as_its_shape_allows():
+    from stabletrain.continual.forward import orthogonality_gap
+    from stabletrain.continual.networks import Layer
+
+    kernel = np.zeros((3, 3, 2, 5), np.float32)
+    kernel[1, 1, 0, 0] = kernel[1, 1, 1, 3] = 1.0  # two of five filters: the others would not fit
+    assert orthogonality_gap(jnp.asarray(kernel), Layer(("conv",))) == pytest.approx(0, abs=1e-6)
+    assert orthogonality_gap(jnp.eye(4)[:, :3], Layer(("dense",), kind="dense")) == pytest.approx(0, abs=1e-6)
+    assert orthogonality_gap(2 * jnp.eye(4)[:, :3], Layer(("dense",), kind="dense")) == pytest.approx(27)

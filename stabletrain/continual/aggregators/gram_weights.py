@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -39,11 +39,16 @@ NASH_LENGTH = 1.0
 
 @dataclass(frozen=True)
 class Aggregator:
-    """A named rule; `init` and `weights` as above. `needs_losses`: without losses it cannot weigh anything."""
+    """A named rule; `init` and `weights` as above. `needs_losses`: without losses it cannot weigh anything.
+
+    `columns(gram, mask)` -> (W [T, T], length), where the rule conditions the gradients before it sums them: G W are
+    the conditioned ones, and the weights are the row sums of W times the length.
+    """
 
     init: Callable[[int], Any]
     weights: Weigh
     needs_losses: bool = False
+    columns: Callable[[Array, Array], tuple[Array, Array]] | None = None
 
 
 def _nothing(width: int) -> dict[str, Array]:
@@ -62,6 +67,21 @@ def _plain(rule: Callable[[Array, Array], Array]) -> Aggregator:
     return Aggregator(_nothing, weights)
 
 
+def _conditioned(columns: Callable[[Array], Array], length: Callable[[Array], Array]) -> Aggregator:
+    """The sum of conditioned gradients G W, times a length."""
+
+    def of_present(gram: Array, mask: Array) -> tuple[Array, Array]:
+        inside = mask[:, None] & mask[None, :]
+        there = jnp.where(inside, gram, 0.0)
+        return jnp.where(inside, columns(there), 0.0), length(there)
+
+    def rule(gram: Array, mask: Array) -> Array:
+        found, scale = of_present(gram, mask)
+        return scale * jnp.sum(found, 1)
+
+    return replace(_plain(rule), columns=of_present)
+
+
 def _sum_rule(gram: Array, mask: Array) -> Array:
     return mask.astype(gram.dtype)
 
@@ -76,10 +96,21 @@ def _norm_rule(gram: Array, mask: Array) -> Array:
     return over(jnp.ones(len(gram), gram.dtype), norms(gram))
 
 
-def _aligned(gram: Array, mask: Array, *, scale: str, floor: float = 0.0) -> Array:
+def _aligned(*, scale: str = "min", floor: float = 0.0) -> Aggregator:
     """sigma V Sigma^-1 V^T 1. Source: Senushkin et al. 2023 (Aligned-MTL), with unit task weights."""
-    del mask
-    return spcl.scale_of(gram, scale, floor=floor) * jnp.sum(spcl.polar_weights(gram), 1)
+    return _conditioned(spcl.polar_weights, functools.partial(spcl.scale_of, rule=scale, floor=floor))
+
+
+def _spcl(*, alpha: float = 10.0, scale: str = "min", floor: float = 0.0) -> Aggregator:
+    """The exact decomposition: `spcl.orthogonal_decomposition`."""
+    length = functools.partial(spcl.scale_of, rule=scale, floor=floor)
+    return _conditioned(lambda gram: spcl.decomposition(gram, alpha=alpha)[0], length)
+
+
+def _spcl_released(*, alpha: float = 10.0, scale: str = "min", floor: float = 0.0) -> Aggregator:
+    """The released penalty loop: `spcl.released_decomposition`."""
+    length = functools.partial(spcl.scale_of, rule=scale, floor=floor, tolerance=spcl.RELEASED_TOLERANCE)
+    return _conditioned(functools.partial(spcl.released_columns, alpha=alpha), length)
 
 
 def _imtl(gram: Array, mask: Array) -> Array:
@@ -249,11 +280,12 @@ def make_aggregator(
 
     Raises: `KeyError` for an unknown name.
     """
-    if name in ("spcl", "spcl-released"):
-        solve = spcl.orthogonal_decomposition if name == "spcl" else spcl.released_decomposition
-        return _plain(lambda gram, mask: solve(gram, alpha=alpha, scale=scale, floor=floor))
+    if name == "spcl":
+        return _spcl(alpha=alpha, scale=scale, floor=floor)
+    if name == "spcl-released":
+        return _spcl_released(alpha=alpha, scale=scale, floor=floor)
     if name == "aligned-mtl":
-        return _plain(functools.partial(_aligned, scale=scale, floor=floor))
+        return _aligned(scale=scale, floor=floor)
     if name == "cagrad":
         return _plain(functools.partial(_cagrad, c=c))
     if name == "uw":
@@ -273,7 +305,7 @@ AGGREGATORS: dict[str, Aggregator | ElementwiseAggregator] = {
     "gradvac": Aggregator(lambda width: {"goal": jnp.zeros((width, width))}, _gradvac),
     "cagrad": _plain(functools.partial(_cagrad, c=0.5)),
     "imtl-g": _plain(_imtl),
-    "aligned-mtl": _plain(functools.partial(_aligned, scale="min")),
+    "aligned-mtl": _aligned(),
     "upgrad": _plain(_upgrad),
     "dualproj": _plain(_dual),
     "config": _plain(_config),
@@ -285,7 +317,7 @@ AGGREGATORS: dict[str, Aggregator | ElementwiseAggregator] = {
     "gradnorm": Aggregator(learned_weights.gradnorm_state, learned_weights.gradnorm, needs_losses=True),
     "maxdo": _plain(simplex.maxdo),
     "emgd": Aggregator(lambda width: {"length": jnp.zeros(width)}, simplex.emgd),
-    "spcl": _plain(lambda gram, mask: spcl.orthogonal_decomposition(gram, alpha=10.0, scale="min")),
-    "spcl-released": _plain(lambda gram, mask: spcl.released_decomposition(gram)),
+    "spcl": _spcl(),
+    "spcl-released": _spcl_released(),
 }
 """Aggregators by name, with their papers' settings; `make_aggregator` for others."""

@@ -158,6 +158,15 @@ def test_loss_rates_weigh_tasks():
     np.testing.assert_allclose(found, 2 * expected / expected.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["spcl", "spcl-released", "aligned-mtl"])
+def test_weights_are_the_sum_of_the_conditioned_gradients(name):
+    rows = np.random.default_rng(6).standard_normal((4, 8))
+    rows[2] = 0
+    mask = jnp.array([True, True, False, True])
+    columns, length = AGGREGATORS[name].columns(jnp.asarray(rows @ rows.T, jnp.float32), mask)
+    np.testing.assert_allclose(length * columns.sum(1), weights(name, rows, mask), rtol=1e-4, atol=1e-6)
+
+
 def test_settings_reach_the_rules():
     rows = jnp.asarray(GOLDEN_ROWS, jnp.float32)
     args = (rows @ rows.T, jnp.ones(2), jnp.ones(2, bool), jax.random.key(0), {})
