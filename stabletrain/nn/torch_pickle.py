@@ -57,6 +57,23 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True)
+class NumberType:
+    """The type of a NumPy number that stands among plain ones, such as a score beside the tensors."""
+
+    code: str
+
+    def check(self, attributes: Any) -> None:
+        """Raises: `Refused` for attributes of anything but a plain little-endian number."""
+        if not (
+            isinstance(attributes, tuple) and attributes[1:5] in (("<", None, None, None), ("|", None, None, None))
+        ):
+            raise Refused(f"it has NumPy numbers of type {self.code} that are no plain little-endian ones")
+
+
+NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
+
+
+@dataclass(frozen=True)
 class Storage:
     """A run of `count` values. `start` and `length` cut a part out of it (files of before PyTorch 0.4)."""
 
@@ -178,9 +195,12 @@ def build(file: IO[bytes], storages: dict[str, Storage] | None = None) -> Any:
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_call(function, arguments))
-            case "BUILD":  # the attributes of an OrderedDict: a state dict's version numbers
-                stack.pop()
-                _of(OrderedDict, stack[-1])
+            case "BUILD":  # the attributes of an OrderedDict (a state dict's version numbers), or of a number's type
+                attributes = stack.pop()
+                if isinstance(stack[-1], NumberType):
+                    stack[-1].check(attributes)
+                else:
+                    _of(OrderedDict, stack[-1])
             case name:
                 raise Refused(f"its pickle has the instruction {name}, which builds no tensor or plain container")
     raise ValueError("its pickle has no end")
@@ -229,6 +249,14 @@ def _call(function: Any, arguments: Any) -> Any:
             return complex(real, imaginary)
         case "_codecs.encode", (str() as text, "latin1"):  # how protocol 2 writes bytes
             return text.encode("latin1")
+        case "numpy.dtype", (str() as code, *_) if code in NUMBERS:
+            return NumberType(code)
+        case (
+            ("numpy.core.multiarray.scalar" | "numpy._core.multiarray.scalar"),
+            (NumberType() as kind, bytes() as data),
+        ):
+            (value,) = np.frombuffer(data, f"<{kind.code}").tolist()
+            return value
         case "torch.Size", (tuple() as sizes,):
             return sizes
         case "torch._utils._rebuild_tensor", (storage, offset, shape, strides):
