@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stabletrain.errors import ConfigError, nearest
 from stabletrain.gan.config import BATCH_NORM_NAMES, GanConfig
 from stabletrain.gan.figure_commands import gradient_norms, random_architectures, value_surfaces
+from stabletrain.gan.import_command import import_weights
 from stabletrain.gan.resolution import resolve
 from stabletrain.training.config import option
 from stabletrain.training.experiment import EvaluationContext, Family
@@ -91,5 +92,6 @@ FAMILY = Family(
         "value-surfaces": value_surfaces,
         "gradient-norms": gradient_norms,
         "random-architectures": random_architectures,
+        "import": import_weights,
     },
 )
