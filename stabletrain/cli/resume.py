@@ -33,17 +33,17 @@ def resume_command() -> Callable[..., int]:
 
     def resume(runs: list[str], as_json: bool, quiet: bool, **given: Any) -> int:
         paths = [find_run(named) for named in runs]
-        outcomes: list[tuple[Outcome, TrainConfig]] = []
+        outcomes: list[tuple[Family, Outcome, TrainConfig]] = []
         for path in paths:
             outcomes.append(_resume(path, given, quiet=quiet))
             if not as_json:
                 show_outcome(*outcomes[-1], as_json=False)
-            if outcomes[-1][0].exit_code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
+            if outcomes[-1][1].exit_code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
                 break
         if as_json:
-            documents = [outcome_document(outcome) for outcome, _ in outcomes]
+            documents = [outcome_document(outcome) for _, outcome, _ in outcomes]
             print_json(documents[0] if len(runs) == 1 else {"runs": documents})
-        return next((outcome.exit_code for outcome, _ in outcomes if outcome.exit_code), EXIT_OK)
+        return next((outcome.exit_code for _, outcome, _ in outcomes if outcome.exit_code), EXIT_OK)
 
     kind = inspect.Parameter.KEYWORD_ONLY
     own = [
@@ -72,9 +72,9 @@ def resume_command() -> Callable[..., int]:
     return resume
 
 
-def _resume(path: Path, given: dict[str, Any], *, quiet: bool) -> tuple[Outcome, TrainConfig]:
+def _resume(path: Path, given: dict[str, Any], *, quiet: bool) -> tuple[Family, Outcome, TrainConfig]:
     run, family = open_run(path)
     changes = typed_values(changeable(family), given, what=f"option that may change in a run of {family.name}")
     config = stored_config(run, family, changes)
     with make_reporter(quiet=quiet) as reporter:
-        return execute(family, config, path, reporter=reporter), config
+        return family, execute(family, config, path, reporter=reporter), config

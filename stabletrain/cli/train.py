@@ -99,7 +99,7 @@ def train_command(
         return EXIT_OK
     with make_reporter(quiet=quiet) as reporter:
         outcome = execute(family, resolved.config, path, reporter=reporter, fresh=fresh)
-    show_outcome(outcome, resolved.config, as_json=as_json)
+    show_outcome(family, outcome, resolved.config, as_json=as_json)
     return outcome.exit_code
 
 
@@ -215,7 +215,7 @@ def newest_samples(run_dir: Path) -> Path | None:
     return grids[-1] if grids else None
 
 
-def show_outcome(outcome: Outcome, config: TrainConfig, *, as_json: bool) -> None:
+def show_outcome(family: Family, outcome: Outcome, config: TrainConfig, *, as_json: bool) -> None:
     """Where the run is, how it ended, its scores, what disturbed it, and what to type next."""
     if as_json:
         print_json(outcome_document(outcome))
@@ -245,13 +245,16 @@ def show_outcome(outcome: Outcome, config: TrainConfig, *, as_json: bool) -> Non
     lines["stability"] = ", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "undisturbed"
     if grid := newest_samples(outcome.run_dir):
         lines["samples"] = str(shown_path(grid))
-    lines["next"] = "\n".join(_next_commands(outcome, shown))
+    lines["next"] = "\n".join(next_commands(family, outcome, shown))
     print(pairs(lines))
 
 
-def _next_commands(outcome: Outcome, shown: Path) -> list[str]:
+def next_commands(family: Family, outcome: Outcome, shown: Path) -> list[str]:
+    """What to type after a run that ended so: only what a run of its family can do."""
     if outcome.status == "done":
-        return [f"stabletrain show {shown}", f"stabletrain sample {shown}", f"stabletrain export {shown} --out DIR"]
+        sampled = ("sample {run}",) if family.sample is not None else ()
+        commands = ("show {run}", *sampled, *family.next_commands, "export {run} --out DIR")
+        return [f"stabletrain {command.format(run=shown)}" for command in commands]
     if outcome.status == "preempted":
         return [f"stabletrain resume {shown}"]
     return [f"stabletrain show {shown}"]

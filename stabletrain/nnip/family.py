@@ -57,4 +57,5 @@ FAMILY = Family(
     build=build,
     resolve=resolve,
     subcommands=SUBCOMMANDS,
+    next_commands=("nnip benchmark {run}", "simulate {run}"),
 )

@@ -106,6 +106,8 @@ class Family:
     sample_options: type | None = None
     """A frozen dataclass of `option(...)` fields: what `stabletrain sample` takes besides the run directory."""
     subcommands: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    next_commands: tuple[str, ...] = ()
+    """What to do with a finished run, besides showing, sampling and exporting it: `simulate {run}`."""
 
 
 class Reporter(Protocol):

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from stabletrain.cli import train as train_module
+from stabletrain.cli.families import all_families
 from stabletrain.errors import Interrupted
 from stabletrain.training import checkpoints
+from stabletrain.training.experiment import Family, Outcome
 from tests.cli.conftest import Command
 from tests.training.toy import StopAfter
 
@@ -225,3 +227,14 @@ def test_interrupted_is_never_shown_as_unexpected() -> None:
     message, code = explained(Interrupted(75))
     assert code == 75
     assert "unexpected" not in message
+
+
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
+def test_what_comes_next_is_what_a_run_of_the_family_can_do(command: Command, family: Family) -> None:
+    done = Outcome(Path("r"), "done", 3, {}, 0)
+    said = train_module.next_commands(family, done, Path("r"))
+    assert ("stabletrain sample r" in said) == (family.sample is not None)
+    assert ("stabletrain nnip benchmark r" in said) == (family.name == "nnip")
+    for line in said:  # each is a command that the program has
+        arguments = line.removeprefix("stabletrain ").replace(" r", " ").replace("--out DIR", "").split()
+        assert command(*arguments, "--help").code == 0
