@@ -184,14 +184,13 @@ def test_one_gradient_at_a_time_gives_the_same_update(method: str):
     assert params[0][1] == pytest.approx(params[1][1], rel=1e-3)
 
 
-@pytest.mark.parametrize(("method", "most"), [("spcl", 2.0), ("aligned-mtl", 1.001), ("spcl-released", 1.1)])
-def test_conditioning_lowers_the_condition_number(method: str, most: float):
-    """alpha = 10 leaves lengths that differ by less than a factor of two here; Aligned-MTL leaves none."""
-    made = experiment(method=method, orthogonality="none")
+def test_conditioning_lowers_the_condition_number():
+    """alpha = 10 leaves lengths that differ by less than a factor of two here."""
+    made = experiment(method="spcl", orthogonality="none")
     state, position = fresh_state(made), made.timeline.starts[2]
     _, metrics = jax.jit(made.step)(state, {**made.batch(position), **made.resident})
     assert metrics["stability/gradients"] > 1
-    assert 1 <= metrics["stability/condition_after"] < min(most, float(metrics["stability/condition"]))
+    assert 1 <= metrics["stability/condition_after"] < min(2.0, float(metrics["stability/condition"]))
 
 
 def test_a_float64_gram_matrix_tells_what_float32_cannot():

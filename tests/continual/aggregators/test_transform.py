@@ -60,7 +60,7 @@ def test_the_transformation_is_the_weights_times_the_gradients():
     np.testing.assert_allclose(np.hstack(jax.tree.leaves(update)), (0.2929, 1.9004, 1.9004), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("name", ["norm", "spcl", "graddrop", "gradnorm"])
 def test_a_single_gradient_is_taken_as_it_is(name):
     transform = aggregate_tasks(name, tasks=3)
     gradients = tree(1)
