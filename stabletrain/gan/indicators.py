@@ -10,13 +10,21 @@
   (spectral normalisation divides it out in use).
 - `stability/intra_class_diversity`: deviation of generated images of one class and latents of all kinds, over that of
   real images of the class, as a mean over classes; `.../min` of the least diverse class. 0 is total collapse.
+
+Of a Wasserstein critic besides (Gulrajani et al. 2017, Figure 1b):
+
+- `stability/gradient_slope`: change of log10 of the norm of the critic's gradient by a layer's output for one layer
+  further back, by least squares over its layers (blocks, where a network has them). Positive explodes on the way to the
+  input, negative vanishes; nothing is said where a norm is 0. `stability/layer_gradient/<layer>` are the norms.
+- `stability/weights_at_clip`: share of the clipped parameters within 1 % of the limit, with weight clipping.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +40,8 @@ Array = jax.Array
 PROBE_SAMPLES = 64
 PROBE_CLASSES = 32
 LATENTS_PER_CLASS = 8
+AT_LIMIT = 0.99
+"""A parameter above this share of the limit counts as being at it."""
 CLASSIFIER_GROUPS = ("classifier", "proxies", "proxies_embedding")
 
 
@@ -74,6 +84,13 @@ class Indicators:
             metrics["stability/classifier_probability"] = jnp.mean(right)
         for name, value in singular_values(state.critic.params).items():
             metrics[f"stability/singular_value/{name}"] = value
+        config = objectives.config
+        if config.weight_clip:
+            metrics["stability/weights_at_clip"] = share_at_limit(
+                state.critic.params, config.weight_clip, kernels_only=bool(config.clip_kernels_only)
+            )
+        if config.adversarial == "wasserstein" and not (config.scan_blocks or config.remat):
+            metrics |= self._through_depth(state, fixed["samples"], labels)
         return metrics | self._diversity(fakes, fixed)
 
     def _gradients(self, state: GanState, fixed: Mapping[str, Array], judged: Any, fakes: Array) -> dict[str, Array]:
@@ -105,11 +122,73 @@ class Indicators:
             metrics["stability/classifier_grad_norm"] = optax.tree.norm(of_classifier)
         return metrics
 
+    def _through_depth(self, state: GanState, samples: Array, labels: Array | None) -> dict[str, Array]:
+        """Gradients of the mean score of real samples by what each layer of the critic puts out."""
+        trunk = {name for name in state.critic.params if not name.startswith(HEAD)}
+        variables = {"params": state.critic.params, **state.critic.statistics}
+
+        def mean_score() -> Array:
+            return jnp.mean(self._objectives.critic(variables, samples, labels, train=False)[0].score)
+
+        norms = layer_gradients(mean_score, trunk)
+        metrics = {f"stability/layer_gradient/{name}": norm for name, norm in norms.items()}
+        if len(norms) > 1:
+            metrics["stability/gradient_slope"] = slope_backwards(jnp.stack(list(norms.values())))
+        return metrics
+
     def _diversity(self, fakes: Array, fixed: Mapping[str, Array]) -> dict[str, Array]:
         deviation = spread(fakes.reshape(-1, LATENTS_PER_CLASS, *fakes.shape[1:]))
         ratio = deviation / jnp.maximum(fixed["spread"], 1e-6)
         name = "stability/intra_class_diversity"
         return {name: jnp.mean(ratio), f"{name}/min": jnp.min(ratio)}
+
+
+def layer_gradients(value: Callable[[], Array], layers: Collection[str]) -> dict[str, Array]:
+    """Norms of the gradient of a scalar by the outputs of Flax modules that its evaluation calls, in calling order.
+
+    `layers`: names of modules directly below the one that is applied; of one that is called more than once, the first
+    call counts.
+    """
+    shapes: dict[str, Any] = {}
+
+    def evaluated(shifts: dict[str, Array] | None) -> Array:
+        met: set[str] = set()
+
+        def shifted(call: Any, arguments: Any, options: Any, context: Any) -> Any:
+            out, path = call(*arguments, **options), context.module.path
+            name = path[0] if path else ""
+            if len(path) != 1 or context.method_name != "__call__" or name not in layers or name in met:
+                return out
+            met.add(name)
+            if shifts is None:
+                shapes[name] = jax.ShapeDtypeStruct(out.shape, out.dtype)
+                return out
+            return out + shifts[name]
+
+        with nn.intercept_methods(shifted):
+            return value()
+
+    jax.eval_shape(lambda: evaluated(None))
+    gradients = jax.grad(evaluated)({name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()})
+    return {name: jnp.linalg.norm(gradients[name].astype(jnp.float32)) for name in shapes}
+
+
+def slope_backwards(norms: Array) -> Array:
+    """Least-squares slope of log10(norms) [L] for one place further back; NaN where a norm is 0."""
+    logs = jnp.where(norms > 0, jnp.log10(jnp.where(norms > 0, norms, 1.0)), jnp.nan)
+    places = jnp.arange(len(norms)) - (len(norms) - 1) / 2
+    return -jnp.sum(places * logs) / jnp.sum(places**2)
+
+
+def share_at_limit(params: Any, limit: float, *, kernels_only: bool) -> Array:
+    """Share of the parameters that clipping to `limit` touches whose size is within 1 % of it."""
+    chosen = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not kernels_only or path[-1].key == "kernel"
+    ]
+    at_limit = sum(jnp.sum(jnp.abs(leaf) >= AT_LIMIT * limit) for leaf in chosen)
+    return at_limit / sum(leaf.size for leaf in chosen)
 
 
 def spread(groups: Array) -> Array:

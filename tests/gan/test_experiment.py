@@ -13,7 +13,7 @@ from stabletrain.errors import ConfigError
 from stabletrain.gan import experiment as experiment_module
 from stabletrain.gan.family import FAMILY, SampleOptions, sample
 from stabletrain.gan.images import TRUNCATIONS, great_circle
-from stabletrain.gan.indicators import singular_values, spread
+from stabletrain.gan.indicators import share_at_limit, singular_values, slope_backwards, spread
 from stabletrain.gan.sampling import GanModel
 from stabletrain.gan.state import average_decay_at, learning_rate_at
 from stabletrain.training.state import abstract_state, fresh_state, state_hash
@@ -220,6 +220,39 @@ def test_spread_is_zero_for_a_collapsed_class_and_one_for_unit_noise():
     noise = np.random.default_rng(0).normal(size=(1, 4000, 3)).astype(np.float32)
     assert float(spread(jnp.asarray(noise))[0]) == pytest.approx(1.0, abs=0.03)  # of 12,000 numbers
     assert float(spread(jnp.ones((1, 8, 3)))[0]) == 0.0
+
+
+def test_slope_of_gradients_that_double_at_each_layer_further_back():
+    assert float(slope_backwards(jnp.asarray([8.0, 4.0, 2.0, 1.0]))) == pytest.approx(np.log10(2), rel=1e-5)
+    assert np.isnan(float(slope_backwards(jnp.asarray([0.0, 1.0]))))
+
+
+def test_gradients_by_a_critics_layers_are_those_of_the_chain_rule():
+    """A critic of linear layers: by the output of a layer the gradient is the product of the kernels after it."""
+    experiment = tiny(method="wgan-gp", depth=2)
+    state = experiment.init(jax.random.key(0))
+    found = experiment.probe(state)
+    params = jax.tree.map(np.asarray, state.critic.params)
+    batch = {**experiment.domain.batch(0, 64), **experiment.resident}
+    samples, _ = experiment.domain.real(batch, jax.random.key(0))
+    hidden = np.asarray(samples).reshape(len(samples), -1) @ params["hidden_0"]["kernel"] + params["hidden_0"]["bias"]
+    second = np.where(hidden > 0, hidden, 0) @ params["hidden_1"]["kernel"] + params["hidden_1"]["bias"]
+    by_second = (second > 0) * params["head_score"]["kernel"][:, 0] / len(samples)
+    by_first = (hidden > 0) * (by_second @ params["hidden_1"]["kernel"].T)
+    for name, gradient in (("hidden_0", by_first), ("hidden_1", by_second)):
+        expected = np.linalg.norm(gradient)
+        assert float(found[f"stability/layer_gradient/{name}"]) == pytest.approx(expected, rel=1e-4)  # float32
+    slope = np.log10(np.linalg.norm(by_first) / np.linalg.norm(by_second))
+    assert float(found["stability/gradient_slope"]) == pytest.approx(slope, rel=1e-3)
+
+
+def test_share_of_weights_at_the_clipping_limit():
+    params = {"a": {"kernel": jnp.asarray([[0.1, -0.1], [0.0, 0.05]]), "bias": jnp.asarray([0.1, 0.0])}}
+    assert float(share_at_limit(params, 0.1, kernels_only=False)) == pytest.approx(0.5)
+    assert float(share_at_limit(params, 0.2, kernels_only=True)) == 0.0
+    clipped = tiny(method="wgan", weight_clip=1e-6)
+    state, _ = run(clipped, [1], 1)
+    assert float(clipped.probe(state)["stability/weights_at_clip"]) > 0.5  # almost all start far above the limit
 
 
 def test_probe_sees_a_class_that_has_collapsed():
