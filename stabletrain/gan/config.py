@@ -116,6 +116,9 @@ class GanConfig(ScoreConfig):
         None, "Latent consistency: the generator's weight, which asks for different samples.", panel=REGULARISE,
         minimum=0.0,
     )  # fmt: skip
+    orthogonality: float | None = option(
+        None, "Weight of BigGAN's orthogonal regularisation of the generator's filters.", panel=REGULARISE, minimum=0.0
+    )
     path_length: float | None = option(
         None, "Weight of path length regularisation of the styles.", panel=REGULARISE, minimum=0.0
     )

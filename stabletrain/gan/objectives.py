@@ -18,7 +18,7 @@ from stabletrain.gan.adversarial import ADVERSARIAL, crammer_singer
 from stabletrain.gan.augmentation import ada, diffaugment, flip_and_shift
 from stabletrain.gan.conditioning import CLASS_LOSSES, ClassOptions, ClassOutput, HeadOutput
 from stabletrain.gan.config import GanConfig, filled
-from stabletrain.gan.regularizers import dragan, lecam, mean_square, path_length, r1
+from stabletrain.gan.regularizers import dragan, lecam, mean_square, orthogonality, path_length, r1
 from stabletrain.gan.state import Critic, Generator
 from stabletrain.methods.wgan_gp import gradient_penalty
 
@@ -279,6 +279,9 @@ class Objectives:
             near, _ = self.generator(variables, self.moved_latents(z, keys[4]), labels, keys[1], train=True)
             term = -config.zcr_generator * mean_square(fake, near)
             loss, metrics["train/latent_term_generator"] = loss + term, term
+        if config.orthogonality:
+            term = config.orthogonality * orthogonality(params)
+            loss, metrics["train/orthogonality_term"] = loss + term, term
         if config.path_length:
             term, path_mean = self._path_term(params, statistics, path_mean, position, keys[5])
             loss = loss + term

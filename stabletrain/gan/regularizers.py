@@ -7,6 +7,7 @@ and weight clipping are used as they are. Weights (lambda, gamma) are the caller
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,22 @@ def lecam(real_scores: Array, fake_scores: Array, mean_real: Array, mean_fake: A
 def mean_square(first: Array, second: Array) -> Array:
     """Mean squared difference over all entries: the distance of consistency regularisation (Zhang et al. 2020)."""
     return jnp.mean((first - second) ** 2)
+
+
+def orthogonality(params: Any) -> Array:
+    """sum over kernels of ||W W^T * (1 - I)||_F^2, a scalar: how far from orthogonal the filters of each layer are.
+
+    W is [outputs, all inputs]; a filter's own length is left free. Every parameter of two or more axes counts but the
+    class embedding `shared`. Source: Brock et al. 2019, Eq. 3, which has it in the generator.
+    """
+    total = jnp.zeros(())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if leaf.ndim < 2 or path[0].key == "shared":
+            continue
+        matrix = leaf.reshape(-1, leaf.shape[-1])
+        gram = matrix.T @ matrix  # (outputs, outputs)
+        total = total + jnp.sum(gram**2) - jnp.sum(jnp.diagonal(gram) ** 2)
+    return total
 
 
 def path_length(

@@ -253,7 +253,7 @@ def _parts(config: GanConfig) -> dict[str, Any]:
     """The method's parts and what follows from them."""
     weights = (
         "gradient_penalty", "weight_clip", "dragan", "r1_weight", "lecam", "cr_weight", "bcr_real", "bcr_fake",
-        "zcr_discriminator", "zcr_generator",
+        "zcr_discriminator", "zcr_generator", "orthogonality",
     )  # fmt: skip
     neutral = {"auxiliary": "none", "augmentation": "none", "optimizer": "adam", **dict.fromkeys(weights, 0.0)}
     network = config.network or _default_network(config)

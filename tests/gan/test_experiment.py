@@ -26,7 +26,7 @@ PARTS = {
     "acgan, real and fake": {"method": "acgan", "class_loss_on": "real-and-fake"},
     "normalized, tac": {"method": "acgan-normalized", "auxiliary": "tac"},
     "contragan, adc": {"method": "contragan", "auxiliary": "adc"},
-    "sngan": {"method": "sngan"},
+    "sngan, orthogonality": {"method": "sngan", "orthogonality": 1e-4},
     "multi-hinge": {"conditioning": "multi-hinge"},
     "stylegan's projection, r1, lecam": {
         "conditioning": "sg2-projection", "adversarial": "non-saturating", "r1_weight": 1.0, "r1_every": 2,

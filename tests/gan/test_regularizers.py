@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from stabletrain.gan.regularizers import dragan, lecam, mean_square, path_length, r1
+from stabletrain.gan.regularizers import dragan, lecam, mean_square, orthogonality, path_length, r1
 
 POINTS = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 
@@ -84,3 +85,20 @@ def test_path_length_of_a_linear_generator():
 
 def test_mean_square_counts_every_entry():
     assert mean_square(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]])) == 2.5
+
+
+def test_orthogonality_is_the_sum_over_pairs_of_different_filters():
+    rng = np.random.default_rng(0)
+    kernel, table = rng.normal(size=(3, 3, 2, 4)), rng.normal(size=(5, 6))
+    params = {"conv": {"kernel": jnp.asarray(kernel), "bias": jnp.ones(4)}, "shared": {"embedding": jnp.asarray(table)}}
+    filters = kernel.reshape(-1, 4).T
+    pairs = [(filters[i] @ filters[j]) ** 2 for i in range(4) for j in range(4) if i != j]
+    assert float(orthogonality(params)) == pytest.approx(sum(pairs), rel=1e-5)  # float32
+
+
+def test_orthogonal_filters_of_any_length_cost_nothing():
+    basis, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(6, 3)))
+    params = {"dense": {"kernel": jnp.asarray(basis * [0.5, 1.0, 3.0])}}
+    assert float(orthogonality(params)) == pytest.approx(0.0, abs=1e-10)  # float32, lengths up to 3
+    gradient = jax.grad(orthogonality)(params)["dense"]["kernel"]
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
