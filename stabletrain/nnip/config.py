@@ -30,7 +30,13 @@ class NnipConfig(StableOptions, TrainConfig):
         None, "Unit of an .npz file's energies. [default: kcal/mol, as MD17]", panel=DATA, choices=("eV", "kcal/mol")
     )
     train_frames: int = option(0, "Frames to train on; 0 chooses.", panel=DATA, minimum=0)
-    test_frames: int = option(0, "Held-out frames; 0 chooses.", panel=DATA, minimum=0)
+    validation_frames: int | None = option(
+        None,
+        "Held-out frames that choose the weights; 0: none. [default: as many as to train on, at most 50]",
+        panel=DATA,
+        minimum=0,
+    )
+    test_frames: int = option(0, "Held-out frames that nothing is chosen by; 0 chooses.", panel=DATA, minimum=0)
     split_seed: int | None = option(None, "Seed of the split. [default: that of the base, else --seed]", panel=DATA)
 
     model: str = option("schnet", "Network.", panel=NETWORK, choices=MODELS)
@@ -39,11 +45,29 @@ class NnipConfig(StableOptions, TrainConfig):
     cutoff: float = option(5.0, "Cutoff in A.", panel=NETWORK, minimum=1.0)
 
     steps: int = option(0, "Updates; with --stable windows of dynamics; 0 chooses.", minimum=0)
-    batch_size: int = option(0, "Frames in a step; 0 chooses.", minimum=0)
+    batch_size: int = option(0, "Frames in a step; 0 chooses: a fifth of all, at most 25.", minimum=0)
     on_spike: str = option(
         "log", "What to do with a loss spike.", panel="Stability", choices=("log", "skip", "clip", "rollback", "stop")
     )
-    learning_rate: float = option(2e-3, "Peak learning rate (Adam, half a cosine).", panel=OPTIMISER, minimum=0.0)
+    learning_rate: float = option(2e-3, "Peak learning rate (Adam).", panel=OPTIMISER, minimum=0.0)
+    lr_decay: str = option(
+        "cosine",
+        "How the learning rate falls; plateau: to 0.8 of it when the validation loss has stopped falling.",
+        panel=OPTIMISER,
+        choices=("cosine", "plateau", "constant"),
+    )
+    warmup_steps: int = option(0, "Updates over which the rate grows from a fifth.", panel=OPTIMISER, minimum=0)
+    validate_every: int = option(
+        0, "Updates between looks at the validation loss; 0 chooses: an epoch, at least 50.", panel=OPTIMISER, minimum=0
+    )
+    validation_patience: int = option(
+        5, "plateau: looks without a lower loss before the rate falls.", panel=OPTIMISER, minimum=0
+    )
+    minimum_rate: float = option(1e-6, "plateau: the rate falls no lower.", panel=OPTIMISER, minimum=0.0)
+    beta2: float = option(0.999, "Adam: decay of the squares' average.", panel=OPTIMISER, minimum=0.0, maximum=0.99999)
+    gradient_clip: float = option(
+        10.0, "Clip the global gradient norm to this; 0: never.", panel=OPTIMISER, minimum=0.0
+    )
     energy_weight: float = option(0.05, "Weight of the squared energy error.", panel=OPTIMISER, minimum=0.0)
     force_weight: float = option(0.95, "Weight of the squared force error.", panel=OPTIMISER, minimum=0.0)
     ema_decay: float = option(
@@ -69,6 +93,12 @@ def _problems(config: NnipConfig) -> Iterator[str]:
         yield "--energy-unit does nothing without --data"
     if config.energy_weight == 0 and config.force_weight == 0:
         yield "--energy-weight and --force-weight are both 0: there is nothing to learn"
+    if config.lr_decay == "plateau" and config.validation_frames == 0:
+        yield "--lr-decay plateau watches the validation loss: it needs --validation-frames"
+    if config.validate_every and config.validation_frames == 0:
+        yield "--validate-every does nothing with --validation-frames 0"
+    if config.lr_decay == "cosine" and config.steps and config.warmup_steps >= config.steps:
+        yield f"--warmup-steps {config.warmup_steps} leaves nothing of the {config.steps} steps for the cosine"
 
 
 SMALL: dict[str, Any] = {"features": 32, "interactions": 3, "train_frames": 25, "test_frames": 200}
@@ -93,10 +123,18 @@ def resolve(config: NnipConfig) -> NnipConfig:
                 raise ConfigError(f"{flag} {given} contradicts the base run, which has {base[name]}")
         chosen["split_seed"] = base["split_seed"]
     chosen.setdefault("split_seed", config.seed)
+    train = config.train_frames or chosen["train_frames"]
+    # Not all frames in one step: without the noise of minibatches Adam's second moments fall behind the gradient and
+    # the loss bursts again and again.
+    batch = config.batch_size or min(25, max(1, train // 5))
     open_values = {
         "steps": (200 if config.stable else 3000),
-        "batch_size": 1 if config.stable else min(25, config.train_frames or chosen["train_frames"]),
+        "batch_size": 1 if config.stable else batch,
     }
+    if config.validation_frames is None:
+        chosen["validation_frames"] = min(50, train)
+    if config.validation_frames != 0:
+        open_values["validate_every"] = max(50, -(-train // batch))
     values = {**open_values, **chosen}
     fill = {
         name: value

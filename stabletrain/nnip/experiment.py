@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ from jax.sharding import Mesh
 
 from stabletrain.data.order import batch_indices
 from stabletrain.nnip.config import NnipConfig
+from stabletrain.nnip.errors import error_scalars, error_table
 from stabletrain.nnip.frames import FramesSpec, LabelledFrames, read_frames, split
 from stabletrain.nnip.potential import EnergyScale, Params, Potential
+from stabletrain.nnip.schedule import Plateau, learning_rate_at, start_plateau, update_plateau
 from stabletrain.nnip.schnet import SchNet
 from stabletrain.nnip.stable_experiment import Structures
 from stabletrain.nnip.stable_learning import energy_force_loss
@@ -27,6 +30,15 @@ CHUNK = 50
 
 
 @struct.dataclass
+class Best:
+    """The weights with the lowest validation loss so far."""
+
+    params: Params
+    loss: Array  # float32 []
+    step: Array  # int32 []: updates that they have had
+
+
+@struct.dataclass
 class NnipState:
     """All that evolves."""
 
@@ -34,6 +46,8 @@ class NnipState:
     ema: Params | None
     optimizer: Any
     monitor: MonitorState
+    plateau: Plateau | None
+    best: Best | None
 
 
 def make_potential(config: NnipConfig, frames: LabelledFrames, train: np.ndarray) -> Potential:
@@ -62,9 +76,11 @@ class NnipExperiment:
         frames = read_frames(config.dataset, config.data, config.energy_unit)
         self.data_spec: FramesSpec = frames.spec
         assert config.split_seed is not None, "resolve(config) fills it in"
-        train, test = split(frames, config.train_frames, config.test_frames, config.split_seed)
+        held_out = config.validation_frames or 0
+        train, validation, test = split(frames, config.train_frames, held_out, config.test_frames, config.split_seed)
         self.potential = make_potential(config, frames, train)
         self.train = structures_of(frames, train, self.potential.reference)
+        self.validation = structures_of(frames, validation, self.potential.reference)
         self.test = structures_of(frames, test, self.potential.reference)
         self.loss = energy_force_loss(
             self.potential, energy_weight=config.energy_weight, force_weight=config.force_weight
@@ -76,24 +92,27 @@ class NnipExperiment:
         shapes = jax.eval_shape(self.potential.init, jax.random.key(0))
         self.parameter_count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
         self._key = jax.random.key(config.seed)
-        self.resident = jax.device_put(
-            self.train.tree(), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        )
+        resident = {**self.train.tree(), **{f"validation_{k}": v for k, v in self.validation.tree().items()}}
+        self.resident = jax.device_put(resident, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         self._predict = jax.jit(jax.vmap(self.potential.energy_and_forces, (None, 0)))
 
     def _optimizer(self, rate: Any) -> optax.GradientTransformation:
-        return optax.chain(optax.scale_by_adam(), optax.scale(-rate))
+        clip = [optax.clip_by_global_norm(self.config.gradient_clip)] if self.config.gradient_clip else []
+        return optax.chain(*clip, optax.scale_by_adam(b2=self.config.beta2), optax.scale(-rate))
 
     def init(self, key: Array) -> NnipState:
         """Fresh parameters, or the base's."""
         params = self.potential.init(key)
         if self._base_params is not None:
             params = jax.tree.map(lambda base, new: jnp.array(base, new.dtype, copy=True), self._base_params, params)
+        best = Best(start_average(params), jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
         return NnipState(
             params=params,
             ema=start_average(params) if self.config.ema_decay else None,
             optimizer=self._optimizer(0.0).init(params),
             monitor=init_monitor(params, self.policy),
+            plateau=start_plateau() if self.config.lr_decay == "plateau" else None,
+            best=best if self.config.validation_frames else None,
         )
 
     def batch(self, position: int) -> Batch:
@@ -110,8 +129,14 @@ class NnipExperiment:
             return jnp.mean(jax.vmap(self.loss, (None, 0))(params, structures))
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
-        done = batch["position"].astype(jnp.float32) / max(config.steps, 1)
-        rate = config.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+        rate = learning_rate_at(
+            batch["position"],
+            peak=config.learning_rate,
+            steps=config.steps,
+            warmup=config.warmup_steps,
+            decay=config.lr_decay,
+            factor=1.0 if state.plateau is None else state.plateau.factor,
+        )
         update = guarded_update(
             self._optimizer(rate),
             loss=loss,
@@ -125,33 +150,58 @@ class NnipExperiment:
         if config.ema_decay:
             decay = average_decay(batch["position"], config.ema_decay, ramp=True)
             ema = update.choose(update_average(state.ema, update.params, decay), state.ema)
-        new = NnipState(update.params, ema, update.optimizer_state, update.monitor)
-        return new, {"train/loss": loss, "train/learning_rate": rate, **update.metrics}
+        new = NnipState(update.params, ema, update.optimizer_state, update.monitor, state.plateau, state.best)
+        new = self._validated(new, batch["position"], data)
+        metrics = {"train/loss": loss, "train/learning_rate": rate}
+        if new.best is not None:
+            metrics |= {"train/best_validation_loss": new.best.loss, "train/best_step": new.best.step}
+        return new, {**metrics, **update.metrics}
+
+    def _validated(self, state: NnipState, position: Array, data: Any) -> NnipState:
+        """After the first update, each `validate_every` and the last: the best weights and the plateau rule see the
+        mean validation loss of the average (of the raw weights where none is kept)."""
+        config, best = self.config, state.best
+        if best is None:
+            return state
+        structures = {name: data[f"validation_{name}"] for name in ("positions", "energy", "forces")}
+        params = state.params if state.ema is None else state.ema
+        done = position.astype(jnp.int32) + 1
+
+        def look() -> tuple[Best, Plateau | None]:
+            loss = jnp.mean(jax.vmap(self.loss, (None, 0))(params, structures))
+            now = Best(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), loss, done)
+            kept = jax.tree.map(lambda a, b: jnp.where(loss < best.loss, a, b), now, best)
+            if state.plateau is None:
+                return kept, None
+            smallest = config.minimum_rate / config.learning_rate if config.learning_rate else 1.0
+            smallest = min(smallest, 1.0)  # the rule never raises the rate
+            rule = update_plateau(state.plateau, loss, patience=config.validation_patience, smallest=smallest)
+            return kept, rule
+
+        due = (done == 1) | (done % max(config.validate_every, 1) == 0) | (done == config.steps)
+        kept, plateau = jax.lax.cond(due, look, lambda: (best, state.plateau))
+        return dataclasses.replace(state, best=kept, plateau=plateau)
 
     def probe(self, state: NnipState) -> Metrics:
         """Nothing."""
         return {}
 
     def weights(self, state: NnipState) -> dict[str, Params]:
-        """`ema` first where it is kept, then `raw`."""
-        return {**({"ema": state.ema} if state.ema is not None else {}), "raw": state.params}
+        """`best` by validation first where there is one, then `ema` where it is kept, then `raw`."""
+        named = {"best": None if state.best is None else state.best.params, "ema": state.ema}
+        return {**{name: params for name, params in named.items() if params is not None}, "raw": state.params}
 
     def evaluate(self, state: NnipState, step: int, context: EvaluationContext) -> Evaluation:
-        """Errors on the training and the test frames: `eval/force_mae_test` in meV / A, `eval/energy_mae_test` in meV,
-        the same with `rmse`, and by element `eval/force_mae_test_C`; of the preferred weights."""
+        """Errors on the training, validation and test frames, of the preferred weights: see `error_scalars`."""
         params = next(iter(self.weights(state).values()))
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        parts = {name: part for name, part in parts.items() if len(part.energies)}
+        symbols = self.potential.system.symbols
         scalars: dict[str, float] = {}
-        for name, part in (("train", self.train), ("test", self.test)):
-            energy_errors, force_errors = self._errors(params, part, name, context)
-            for kind, errors in (("energy", energy_errors), ("force", force_errors)):
-                scalars[f"eval/{kind}_mae_{name}"] = 1e3 * float(np.abs(errors).mean())
-                scalars[f"eval/{kind}_rmse_{name}"] = 1e3 * float(np.sqrt((errors**2).mean()))
-            if name == "test":
-                system = self.potential.system
-                for symbol in sorted(set(system.symbols)):
-                    mine = np.asarray([s == symbol for s in system.symbols])
-                    scalars[f"eval/force_mae_test_{symbol}"] = 1e3 * float(np.abs(force_errors[:, mine]).mean())
-        return Evaluation(scalars=scalars)
+        for name, part in parts.items():
+            scalars |= error_scalars(*self._errors(params, part, name, context), symbols, name)
+        table = error_table(scalars, {name: len(part.energies) for name, part in parts.items()}, symbols)
+        return Evaluation(scalars=scalars, files={f"eval/errors-{step:08d}.txt": f"{table}\n".encode()}, shown=table)
 
     def _errors(
         self, params: Params, part: Structures, name: str, context: EvaluationContext

@@ -140,12 +140,16 @@ def _one_cell(path: Path, cell: np.ndarray, count: int) -> np.ndarray:
     return checked_cell(cell)
 
 
-def split(frames: LabelledFrames, train: int, test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the training and of the test frames: disjoint, at random by the seed; the test frames of one seed do
-    not depend on the number of training frames. Raises: `DataError` when there are not enough."""
-    if train + test > len(frames):
+def split(
+    frames: LabelledFrames, train: int, validation: int, test: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of the training, validation and test frames: disjoint, at random by the seed. The test frames of one seed
+    depend on neither of the others, nor do the training frames. Raises: `DataError` when there are not enough."""
+    if train + validation + test > len(frames):
         raise DataError(
-            f"{frames.spec.name} has {len(frames)} frames, fewer than {train} for training and {test} held out"
+            f"{frames.spec.name} has {len(frames)} frames, fewer than {train} for training, {validation} for "
+            f"validation and {test} for the test"
         )
     order = np.random.default_rng(seed).permutation(len(frames))
-    return np.sort(order[:train]), np.sort(order[len(frames) - test :])
+    parts = order[:train], order[train : train + validation], order[len(frames) - test :]
+    return np.sort(parts[0]), np.sort(parts[1]), np.sort(parts[2])

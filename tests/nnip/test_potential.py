@@ -165,13 +165,15 @@ def test_bad_files_are_said_in_a_sentence(tmp_path: Path) -> None:
 
 def test_splits_are_disjoint_and_keep_the_test_frames(tmp_path: Path) -> None:
     frames = read_frames("x", str(write_npz(tmp_path / "dimer.npz")))
-    train, test = split(frames, 5, 10, 0)
-    more, same = split(frames, 20, 10, 0)
-    assert not set(train) & set(test)
+    train, validation, test = split(frames, 5, 6, 10, 0)
+    assert (len(train), len(validation), len(test)) == (5, 6, 10)
+    assert len({*train, *validation, *test}) == 21
+    more, none, same = split(frames, 20, 0, 10, 0)
     assert set(train) <= set(more)
+    assert len(none) == 0
     np.testing.assert_array_equal(test, same)
-    with pytest.raises(DataError, match="fewer than"):
-        split(frames, 25, 10, 0)
+    with pytest.raises(DataError, match="fewer than 15 for training, 6 for validation and 10 for the test"):
+        split(frames, 15, 6, 10, 0)
 
 
 # --- configuration and commands ---------------------------------------------------------------------------------------
