@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stabletrain.gan.config import filled
 from stabletrain.gan.domains import Domain, Model
+from stabletrain.gan.indicators import share_at_limit
 from stabletrain.gan.state import Critic
 from stabletrain.methods.wgan_gp import gradient_norms, interpolate
 from stabletrain.training.experiment import EvaluationContext
@@ -46,7 +46,7 @@ class LossMeter:
         - `eval/wasserstein_<split>`: mean score of real samples minus that of generated ones;
         - `eval/negative_critic_loss_<split>`: the same minus the weighted penalty (with a gradient penalty);
         - `eval/interpolate_norm_mean|std|low|high`: the gradient's norm at interpolates with training samples, with its
-          5 % and 95 % quantiles; `eval/weights_at_clip`: share of the parameters within 1 % of the clipping limit.
+          5 % and 95 % quantiles; `eval/weights_at_clip`: share of the clipped parameters within 1 % of the limit.
 
         A split that the data do not have is left out.
         """
@@ -71,7 +71,10 @@ class LossMeter:
                     found = {"mean": norms.mean(), "std": norms.std(), "low": low, "high": high}
                     scalars |= {f"eval/interpolate_norm_{name}": float(value) for name, value in found.items()}
         if self._config.weight_clip:
-            scalars["eval/weights_at_clip"] = share_at(critic["params"], self._config.weight_clip)
+            share = share_at_limit(
+                critic["params"], self._config.weight_clip, kernels_only=bool(self._config.clip_kernels_only)
+            )
+            scalars["eval/weights_at_clip"] = float(share)
         return scalars
 
     def _all_norms(
@@ -85,9 +88,3 @@ class LossMeter:
             asked = None if labels is None else labels[part]
             found.append(np.asarray(self._norms(critic, real[part], fake[part], asked, epsilon[part]), np.float64))
         return np.concatenate(found)
-
-
-def share_at(params: Any, limit: float) -> float:
-    """The share of all parameters whose size is at least 99 % of the limit."""
-    counts = [(float(jnp.sum(jnp.abs(leaf) >= 0.99 * limit)), leaf.size) for leaf in jax.tree.leaves(params)]
-    return sum(count for count, _ in counts) / sum(size for _, size in counts)

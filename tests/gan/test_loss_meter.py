@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stabletrain.gan.loss_meter import LossMeter, share_at
+from stabletrain.gan.indicators import share_at_limit
+from stabletrain.gan.loss_meter import LossMeter
 
 CONTEXT = SimpleNamespace(tick=lambda *_: None)
 WEIGHTS = {"params": {"w": jnp.array([1.8, 2.4])}}  # of length 3
@@ -41,7 +42,7 @@ class FakeDomain:
 
 
 def config(**changes):
-    values = {"seed": 0, "gradient_penalty": 10.0, "one_sided": False, "weight_clip": 0.0}
+    values = {"seed": 0, "gradient_penalty": 10.0, "one_sided": False, "weight_clip": 0.0, "clip_kernels_only": False}
     return SimpleNamespace(**(values | changes))
 
 
@@ -84,4 +85,5 @@ def test_clipping_has_no_penalty_but_weights_at_the_limit():
 
 @pytest.mark.parametrize(("limit", "share"), [(0.1, 0.75), (0.0999, 0.75), (0.2, 0.0)])
 def test_the_share_of_weights_at_the_limit(limit, share):
-    assert share_at({"a": jnp.array([0.1, -0.1]), "b": {"c": jnp.array([0.05, 0.1])}}, limit) == share
+    params = {"a": jnp.array([0.1, -0.1]), "b": {"c": jnp.array([0.05, 0.1])}}
+    assert float(share_at_limit(params, limit, kernels_only=False)) == pytest.approx(share)  # float32
