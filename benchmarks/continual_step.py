@@ -8,7 +8,7 @@ matrix that depends on the result before it.
     python benchmarks/continual_step.py [--network mlp|conv|resnet18] [--repeats 20] [--out FILE.json]
 
 `resnet18` is the network of the published experiments at its size: 11,223,140 parameters, 100 classes, five tasks of
-128 images of 32x32 pixels, here of noise. A step takes minutes on two cores: with `--batch-size 4 --methods spcl
+128 images of 32x32 pixels, here of noise. A step is long on two cores: with `--batch-size 4 --methods spcl
 --memories fast --repeats 2` it is a lower bound of it.
 """
 
