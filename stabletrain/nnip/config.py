@@ -13,7 +13,7 @@ from stabletrain.nnip.stable_options import StableOptions, stable_problems
 from stabletrain.training.config import TrainConfig, option, read_toml, replace
 
 NETWORK, OPTIMISER, DATA = "Potential", "Optimiser", "Data"
-MODELS = ("schnet",)
+MODELS = ("schnet", "painn")
 
 FROM_BASE = ("dataset", "data", "energy_unit", "train_frames", "test_frames", "model", "features", "interactions",
              "cutoff", "energy_weight", "force_weight")  # fmt: skip
@@ -39,7 +39,7 @@ class NnipConfig(StableOptions, TrainConfig):
     test_frames: int = option(0, "Held-out frames that nothing is chosen by; 0 chooses.", panel=DATA, minimum=0)
     split_seed: int | None = option(None, "Seed of the split. [default: that of the base, else --seed]", panel=DATA)
 
-    model: str = option("schnet", "Network.", panel=NETWORK, choices=MODELS)
+    model: str = option("schnet", "Network: schnet, or painn, which is equivariant.", panel=NETWORK, choices=MODELS)
     features: int = option(0, "Features of an atom; 0 chooses.", panel=NETWORK, minimum=0)
     interactions: int = option(0, "Interaction blocks; 0 chooses.", panel=NETWORK, minimum=0)
     cutoff: float = option(5.0, "Cutoff in A.", panel=NETWORK, minimum=1.0)

@@ -16,6 +16,7 @@ from stabletrain.data.order import batch_indices
 from stabletrain.nnip.config import NnipConfig
 from stabletrain.nnip.errors import error_scalars, error_table
 from stabletrain.nnip.frames import FramesSpec, LabelledFrames, read_frames, split
+from stabletrain.nnip.painn import PaiNN
 from stabletrain.nnip.potential import EnergyScale, Params, Potential
 from stabletrain.nnip.schedule import Plateau, learning_rate_at, start_plateau, update_plateau
 from stabletrain.nnip.schnet import SchNet
@@ -27,6 +28,7 @@ from stabletrain.training.stability import MonitorState, Policy, guarded_update,
 
 Array = jax.Array
 CHUNK = 50
+NETWORKS: dict[str, type[SchNet] | type[PaiNN]] = {"schnet": SchNet, "painn": PaiNN}
 
 
 @struct.dataclass
@@ -55,7 +57,7 @@ def make_potential(config: NnipConfig, frames: LabelledFrames, train: np.ndarray
     1 A); the energy reference is the mean training energy, shared equally by the atoms."""
     mean = float(frames.energies[train].mean()) / frames.system.count
     rms = float(np.sqrt(np.mean(frames.forces[train] ** 2)))
-    network = SchNet(config.features, config.interactions, cutoff=config.cutoff)
+    network = NETWORKS[config.model](features=config.features, interactions=config.interactions, cutoff=config.cutoff)
     scale = EnergyScale(rms, dict.fromkeys(frames.system.elements, mean))
     return Potential(config.model, network, frames.system, config.cutoff, scale).fitted(frames.positions)
 
