@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import tomllib
 from pathlib import Path
@@ -139,7 +138,7 @@ def test_resume_takes_several_runs_and_refuses_what_makes_another_experiment(com
 
 def test_ctrl_c_before_the_training_is_exit_code_130(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # to this very thread: kill() may reach another one, and later
 
     monkeypatch.setattr(train_module, "execute", interrupt)
     assert command("toy").code == 130

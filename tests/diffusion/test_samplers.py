@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stabletrain.diffusion.learned_variance import LearnedVarianceDDPM
 from stabletrain.diffusion.processes import DDPM, PROCESSES, VPSDE
 from stabletrain.diffusion.samplers import SAMPLERS, Plan, ddim, euler_maruyama, follow, initial_noise, sample
 
@@ -35,6 +36,11 @@ def best_network(process):
         return sigma * (noisy - alpha * MEAN) / (alpha**2 * SPREAD**2 + sigma**2)
 
     return network
+
+
+def with_variance(network):
+    """The network with a second half of its channels: a variance one quarter of the way between its two ends."""
+    return lambda noisy, times: jnp.concatenate([network(noisy, times), jnp.full_like(noisy, -0.5)], axis=-1)
 
 
 def moments(process, plan: Plan) -> tuple[float, float]:
@@ -162,9 +168,12 @@ def test_euler_maruyama_needs_an_sde():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(name):
     """A key per image: the same picture alone, in a batch, and split over four devices."""
-    process, plan = VPSDE(), SAMPLERS[name](VPSDE(), 5)
+    process = LearnedVarianceDDPM() if name == "ddpm-learned" else VPSDE()
+    plan, network = SAMPLERS[name](process, 5), best_network(process)
+    if name == "ddpm-learned":
+        network = with_variance(network)
     keys = jax.random.split(jax.random.key(3), 8)
-    make = jax.jit(lambda k: sample(process, plan, best_network(process), k, (2, 2, 1)))
+    make = jax.jit(lambda k: sample(process, plan, network, k, (2, 2, 1)))
     batch = np.asarray(make(keys))
     np.testing.assert_allclose(make(keys[5:6])[0], batch[5], atol=1e-6)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
