@@ -8,10 +8,11 @@ Modules of this package import JAX (and NumPy) within functions only, so that `-
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -30,47 +31,56 @@ PROGRAM = "stabletrain"
 TRAIN, RUNS, SETUP = "Train", "Look at runs, and use them", "Data and this machine"
 
 
-def build_app(*, names_command: bool = False) -> typer.Typer:
-    """The whole command tree. Built anew for each call, which takes a few milliseconds.
+def build_app(named: str | None = None) -> typer.Typer:
+    """The command tree, built anew for each call.
 
-    `names_command`: the program's own `--help` and what installs completion are left out. They would have no use, and
-    make Typer import as much again as all the rest when they are not given.
+    `named`: the command that the call names. It alone gets its options, the others only their line in the list: the
+    hundreds of options take longer than all the rest. The program's own `--help` and what installs completion are left
+    out then too. "" names none, as `stabletrain --help` does; with None everything is built, as completion needs it.
     """
     app = typer.Typer(
         cls=PanelGroup,
-        add_completion=not names_command,
-        add_help_option=not names_command,
+        add_completion=not named,
+        add_help_option=not named,
         context_settings=SETTINGS,
         rich_markup_mode=None,  # the plain formatter, with panels below: it starts at once and suits pipes
         pretty_exceptions_enable=False,
         invoke_without_command=True,
     )
     app.callback()(_program)
+
+    def add(name: str, panel: str, text: str | None, make: Callable[[], Callable[..., int]]) -> None:
+        command = make() if named in (None, name) else _only_listed
+        app.command(name, cls=PanelCommand, help=text, rich_help_panel=panel)(command)
+
     for family in all_families():
-        command = family_command(family)
-        if family.subcommands:
+        if family.subcommands and named in (None, family.name):
             group = typer.Typer(cls=PanelGroup, invoke_without_command=True, rich_markup_mode=None)
-            group.callback()(command)
+            group.callback()(family_command(family))
             for name, function in family.subcommands.items():
                 group.command(name, cls=PanelCommand)(function)
             app.add_typer(group, name=family.name, help=family.help, rich_help_panel=TRAIN)
         else:
-            app.command(family.name, cls=PanelCommand, help=family.help, rich_help_panel=TRAIN)(command)
-    app.command("resume", cls=PanelCommand, rich_help_panel=TRAIN)(resume.resume_command())
-    app.command("runs", cls=PanelCommand, rich_help_panel=RUNS)(runs.runs)
-    app.command("show", cls=PanelCommand, rich_help_panel=RUNS)(runs.show)
-    app.command("sample", cls=PanelCommand, rich_help_panel=RUNS)(sample.sample_command())
-    app.command("evaluate", cls=PanelCommand, rich_help_panel=RUNS)(sample.evaluate_command())
-    app.command("simulate", cls=PanelCommand, rich_help_panel=RUNS)(simulate_command)
-    app.command("compare", cls=PanelCommand, rich_help_panel=RUNS)(compare.compare)
-    app.command("report", cls=PanelCommand, rich_help_panel=RUNS)(compare.report)
-    app.command("table", cls=PanelCommand, rich_help_panel=RUNS)(table.table)
-    app.command("export", cls=PanelCommand, rich_help_panel=RUNS)(export.export)
-    app.command("tensorboard", cls=PanelCommand, rich_help_panel=RUNS)(tensorboard.tensorboard)
+            add(family.name, TRAIN, family.help, functools.partial(family_command, family))
+    add("resume", TRAIN, resume.HELP, resume.resume_command)
+    add("runs", RUNS, runs.runs.__doc__, lambda: runs.runs)
+    add("show", RUNS, runs.show.__doc__, lambda: runs.show)
+    add("sample", RUNS, sample.SAMPLE_HELP, sample.sample_command)
+    add("evaluate", RUNS, sample.EVALUATE_HELP, sample.evaluate_command)
+    add("simulate", RUNS, simulate_command.__doc__, lambda: simulate_command)
+    add("compare", RUNS, compare.compare.__doc__, lambda: compare.compare)
+    add("report", RUNS, compare.report.__doc__, lambda: compare.report)
+    add("table", RUNS, table.table.__doc__, lambda: table.table)
+    add("export", RUNS, export.export.__doc__, lambda: export.export)
+    add("tensorboard", RUNS, tensorboard.tensorboard.__doc__, lambda: tensorboard.tensorboard)
     app.add_typer(data.app, name="data", rich_help_panel=SETUP)
     app.add_typer(weights.app, name="weights", rich_help_panel=SETUP)
-    app.command("doctor", cls=PanelCommand, rich_help_panel=SETUP)(doctor.doctor)
+    add("doctor", SETUP, doctor.doctor.__doc__, lambda: doctor.doctor)
     return app
+
+
+def _only_listed() -> int:
+    raise AssertionError("a command that the call does not name is listed, and never called")
 
 
 def _version(given: bool) -> None:
@@ -103,8 +113,8 @@ def run(arguments: Sequence[str]) -> int:
     _arrange_logging(debug=debug)
     try:
         given = [argument for argument in arguments if argument != "--debug"]
-        names_command = bool(given) and not given[0].startswith("-")
-        command = typer.main.get_command(build_app(names_command=names_command))
+        named = None if not given else "" if given[0].startswith("-") else given[0]
+        command = typer.main.get_command(build_app(named))
         code = command.main(args=given, prog_name=PROGRAM, standalone_mode=False)
         return int(code or 0)
     except Exception as error:

@@ -28,6 +28,12 @@ def changeable(family: Family) -> Fields:
     return {name: entry for name, entry in fields.items() if not entry[0].metadata["identity"]}
 
 
+HELP = """Go on with runs from their last complete checkpoints, as they were configured.
+
+What does not make another experiment may be changed: the number of devices, how often to save.
+"""
+
+
 def resume_command() -> Callable[..., int]:
     """The command, with an option for whatever some family lets change."""
 
@@ -65,10 +71,7 @@ def resume_command() -> Callable[..., int]:
     ]
     resume.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     resume.__annotations__ = {}
-    resume.__doc__ = """Go on with runs from their last complete checkpoints, as they were configured.
-
-    What does not make another experiment may be changed: the number of devices, how often to save.
-    """
+    resume.__doc__ = HELP
     return resume
 
 

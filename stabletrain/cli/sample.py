@@ -40,6 +40,17 @@ COMMON = {
 """Options of `sample` and `evaluate` whatever the family: name -> (type, option)."""
 
 
+SAMPLE_HELP = """Make samples with a trained model. Needs no data set.
+
+Interrupted, it keeps the finished part, and the same command goes on from there.
+"""
+EVALUATE_HELP = """Evaluate a run's checkpoint as training does, or with other scores, samples and features.
+
+The run's own rows are left as they are: scores go to RUN/eval/evaluate-<step>.json. Interrupted, it keeps what is
+finished, and the same command goes on from there.
+"""
+
+
 def sample_command() -> Callable[..., int]:
     """The command, with the sampling options of every family that samples."""
 
@@ -64,10 +75,7 @@ def sample_command() -> Callable[..., int]:
     panel = "Sampling" if len(options) < 2 else f"Sampling (by family: {', '.join(options)})"
     sample.__signature__ = inspect.Signature([*common, *parameters(union_of(options), panel)])  # type: ignore[attr-defined]
     sample.__annotations__ = {}
-    sample.__doc__ = """Make samples with a trained model. Needs no data set.
-
-    Interrupted, it keeps the finished part, and the same command goes on from there.
-    """
+    sample.__doc__ = SAMPLE_HELP
     return sample
 
 
@@ -160,11 +168,7 @@ def evaluate_command() -> Callable[..., int]:
     options = parameters(_score_fields(), "Judging; what is not given is as the run was configured")
     evaluate.__signature__ = inspect.Signature([*common, *options])  # type: ignore[attr-defined]
     evaluate.__annotations__ = {}
-    evaluate.__doc__ = """Evaluate a run's checkpoint as training does, or with other scores, samples and features.
-
-    The run's own rows are left as they are: scores go to RUN/eval/evaluate-<step>.json. Interrupted, it keeps what is
-    finished, and the same command goes on from there.
-    """
+    evaluate.__doc__ = EVALUATE_HELP
     return evaluate
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +85,8 @@ def jobs_of(spec: TableSpec, scale: str, seeds: Sequence[int], runs: Path) -> li
 
 def missing_minutes(spec: TableSpec, scale: str, jobs: Sequence[Job]) -> float:
     """Estimated minutes of the runs that are missing: by the finished runs of the row, else by what its file says."""
+    import statistics  # only here: with what it imports it would slow --help
+
     from stabletrain.runs.reading import read_run
 
     costs = {row.key: row.cost_minutes.get(scale, 0.0) for row in spec.rows}
