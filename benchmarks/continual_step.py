@@ -1,23 +1,30 @@
 """Time and memory of a continual step with five active tasks, for each aggregator and both gradient memories.
 
-Relative to a plain step on the same examples in one batch with one gradient. Each aggregator's program is compiled, run
-once, and timed over several repetitions; the memory is what the compiler says the program needs besides its arguments.
-What an aggregator makes of the Gram matrix is timed alone, too: inside one program, many times in a row, each on a Gram
-matrix that depends on the result before it.
+Relative to a plain step: one gradient of the mean loss of the same examples in one batch, Adam, nothing else. All
+programs are compiled first and then take turns, so that whatever else the machine does falls on all of them; a time is
+the fastest of its turns. The memory is what the compiler says the program needs besides its arguments. What an
+aggregator makes of the Gram matrix is timed alone, too: inside one program, many times in a row, each on a Gram matrix
+that depends on the result before it.
 
-    python benchmarks/continual_step.py [--network mlp|conv|resnet18] [--repeats 20] [--out FILE.json]
+    python benchmarks/continual_step.py [--network mlp|ps-emnist|conv|resnet18] [--repeats 20] [--out FILE.json]
 
-`resnet18` is the network of the published experiments at its size: 11,223,140 parameters, 100 classes, five tasks of
-128 images of 32x32 pixels, here of noise. A step is long on two cores: with `--batch-size 4 --methods spcl
---memories fast --repeats 2` it is a lower bound of it.
+`ps-emnist` and `resnet18` are the networks of the published experiments at their sizes and batches: an MLP of 112,766
+parameters with five tasks of 128 images of 28x28 pixels, and ResNet-18 with five tasks of 128 images of 32x32 pixels
+(11,223,140 parameters, 100 classes); the images are noise. A step of ResNet-18 takes minutes on two cores, so that
+`--repeats 1` and a few methods must do. On a GPU, where JAX finds one, it is a matter of minutes:
+
+    python benchmarks/continual_step.py --network resnet18 --repeats 10 --out continual_step_gpu.json \\
+        --methods sum spcl aligned-mtl pcgrad mgda upgrad nash-mtl graddrop
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +45,35 @@ from stabletrain.training.state import fresh_state
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "mlp": {"network": "mlp", "hidden": (256, 256)},
+    "ps-emnist": {"network": "mlp", "hidden": (128, 64), "batch_size": 128},
     "conv": {"network": "conv", "depth": 4, "width": 16, "norm": "none"},
     "resnet18": {"network": "resnet18", "batch_size": 128},
 }
+NOISE: dict[str, tuple[tuple[int, ...], int]] = {"ps-emnist": ((28, 28), 62), "resnet18": ((32, 32, 3), 100)}
+"""Shape of the images and number of classes where the data are noise; the others have the digits."""
 ALONE_STEPS = 50
 
 
-def timed(program: Any, *arguments: Any, repeats: int) -> float:
-    """Seconds of a compiled program: the fastest of several runs, as other work on the machine can only add to it."""
-    jax.block_until_ready(program(*arguments))
-    seconds = []
-    for _ in range(repeats):
+@dataclass
+class Timed:
+    """A compiled program with its arguments, and the fastest of its runs so far."""
+
+    method: str
+    memory: str
+    program: Any
+    arguments: tuple[Any, ...]
+    seconds: float = float("inf")
+
+    def turn(self) -> None:
+        """One run. The first is no slower than the others for want of compiling."""
         begun = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
+        jax.block_until_ready(self.program(*self.arguments))
+        self.seconds = min(self.seconds, time.perf_counter() - begun)
 
-
-def temporary_megabytes(program: Any) -> float:
-    """What a compiled program needs besides its arguments and results."""
-    return program.memory_analysis().temp_size_in_bytes / 2**20
+    @property
+    def temporary_megabytes(self) -> float:
+        """What the program needs besides its arguments and results."""
+        return self.program.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def alone_microseconds(method: str, experiment: ContinualExperiment, repeats: int) -> float | None:
@@ -79,16 +95,18 @@ def alone_microseconds(method: str, experiment: ContinualExperiment, repeats: in
         weights, _ = weigh(rule, gram * (1 + 1e-3 * carry), losses, mask, jax.random.key(number), state)
         return 0.5 * jnp.tanh(jnp.sum(weights))
 
-    program = jax.jit(lambda start: jax.lax.fori_loop(0, ALONE_STEPS, once, start))
-    return 1e6 * timed(program, jnp.zeros(()), repeats=repeats) / ALONE_STEPS
+    program = Timed(method, "", jax.jit(lambda start: jax.lax.fori_loop(0, ALONE_STEPS, once, start)), (jnp.zeros(()),))
+    for _ in range(1 + repeats):
+        program.turn()
+    return 1e6 * program.seconds / ALONE_STEPS
 
 
-def noise_images(folder: str) -> str:
-    """A file of 6,400 random images of 100 classes; their number plays no part in a step."""
+def noise_images(folder: str, shape: tuple[int, ...], classes: int) -> str:
+    """A file of 64 random images of each class; their number plays no part in a step."""
     rng = np.random.default_rng(0)
-    labels = np.arange(6400, dtype=np.int32) % 100
+    labels = np.arange(64 * classes, dtype=np.int32) % classes
     path = f"{folder}/noise.npz"
-    np.savez(path, x=rng.integers(0, 256, (6400, 32, 32, 3), dtype=np.uint8), y=labels)
+    np.savez(path, x=rng.integers(0, 256, (64 * classes, *shape), dtype=np.uint8), y=labels)
     return path
 
 
@@ -105,18 +123,14 @@ def experiment_of(method: str, memory: str, network: str, data: str | None, size
     return ContinualExperiment(config, mesh=make_mesh(1, config.batch_size))
 
 
-def measured(experiment: ContinualExperiment, repeats: int) -> dict[str, float]:
-    """Milliseconds of a step, and the temporary memory of its program in MB."""
+def whole_step(experiment: ContinualExperiment, method: str, memory: str) -> Timed:
+    """The step of a run, monitor and indicators included."""
     state = fresh_state(experiment)
     batch = {**experiment.batch(0), **experiment.resident}
-    program = jax.jit(experiment.step).lower(state, batch).compile()
-    return {
-        "ms": 1e3 * timed(program, state, batch, repeats=repeats),
-        "temporary_mb": temporary_megabytes(program),
-    }
+    return Timed(method, memory, jax.jit(experiment.step).lower(state, batch).compile(), (state, batch))
 
 
-def plain_step(experiment: ContinualExperiment, repeats: int) -> dict[str, float]:
+def plain_step(experiment: ContinualExperiment) -> Timed:
     """One gradient of the mean loss of all examples, Adam, nothing else."""
     state = fresh_state(experiment)
     statistics_of = state.statistics
@@ -135,11 +149,8 @@ def plain_step(experiment: ContinualExperiment, repeats: int) -> dict[str, float
         updates, moments = optimizer.update(gradient, moments)
         return optax.apply_updates(params, updates), moments, value
 
-    program = jax.jit(step).lower(state.params, optimizer.init(state.params)).compile()
-    return {
-        "ms": 1e3 * timed(program, state.params, optimizer.init(state.params), repeats=repeats),
-        "temporary_mb": temporary_megabytes(program),
-    }
+    moments = optimizer.init(state.params)
+    return Timed("plain", "", jax.jit(step).lower(state.params, moments).compile(), (state.params, moments))
 
 
 def main() -> None:
@@ -154,33 +165,42 @@ def main() -> None:
     arguments = parser.parse_args()
     configure_backend(1, 32)
     with tempfile.TemporaryDirectory() as folder:
-        measure(arguments, noise_images(folder) if arguments.network == "resnet18" else None)
+        noise = NOISE.get(arguments.network)
+        measure(arguments, noise_images(folder, *noise) if noise else None)
 
 
 def measure(arguments: argparse.Namespace, data: str | None) -> None:
     """All rows asked for. `data`: a file in place of the digits."""
     base = experiment_of("mean", "fast", arguments.network, data, arguments.batch_size)
-    plain = plain_step(base, arguments.repeats)
-    rows = [{"method": "plain", "memory": "", **plain, "relative_time": 1.0}]
-    size = base.config.batch_size
-    print(f"{base.parameter_count:,} parameters, 5 tasks x {size} examples, {cpu_model()}, plain {plain['ms']:.2f} ms")
+    size, turns = base.config.batch_size, [plain_step(base)]
+    alone: dict[str, float | None] = {}
     for method in arguments.methods:
         for memory in arguments.memories:
             experiment = experiment_of(method, memory, arguments.network, data, arguments.batch_size)
-            alone = alone_microseconds(method, experiment, 3 * max(arguments.repeats, 50))
-            found = measured(experiment, arguments.repeats)
-            share = None if alone is None else 1e-3 * alone / found["ms"]
-            rows.append({
-                "method": method, "memory": memory, **found, "relative_time": found["ms"] / plain["ms"],
-                "aggregation_us": alone, "aggregation_share": share,
-            })  # fmt: skip
-            row = rows[-1]
-            told = "" if alone is None or share is None else f"aggregation {alone:6.1f} us, {100 * share:.4f} %"
-            print(f"{method:14} {memory:5} {row['ms']:8.2f} ms  x{row['relative_time']:5.2f}  "
-                  f"{row['temporary_mb']:7.2f} MB  {told}", flush=True)  # fmt: skip
+            turns.append(whole_step(experiment, method, memory))
+        alone[method] = alone_microseconds(method, experiment, 3 * max(arguments.repeats, 50))
+        print(f"compiled {method}", file=sys.stderr, flush=True)
+    for _ in range(arguments.repeats):
+        for turn in turns:
+            turn.turn()
+    plain, rows = turns[0], []
+    device = cpu_model() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    print(f"{base.parameter_count:,} parameters, 5 tasks x {size} examples, {device}")
+    for turn in turns:
+        share, microseconds = None, alone.get(turn.method)
+        if microseconds is not None:
+            share = 1e-6 * microseconds / turn.seconds
+        relative = turn.seconds / plain.seconds
+        rows.append({
+            "method": turn.method, "memory": turn.memory, "ms": 1e3 * turn.seconds, "relative_time": relative,
+            "temporary_mb": turn.temporary_megabytes, "aggregation_us": microseconds, "aggregation_share": share,
+        })  # fmt: skip
+        told = "" if share is None else f"aggregation {microseconds:7.1f} us, {100 * share:.4f} %"
+        print(f"{turn.method:16} {turn.memory:5} {1e3 * turn.seconds:10.2f} ms  x{relative:5.2f}  "
+              f"{turn.temporary_megabytes:8.2f} MB  {told}")  # fmt: skip
     if arguments.out is not None:
         document = {
-            "cpu": cpu_model(), "jax": jax.__version__, "network": arguments.network,
+            "device": device, "jax": jax.__version__, "network": arguments.network, "repeats": arguments.repeats,
             "parameters": base.parameter_count, "tasks": 5, "batch_size": size, "rows": rows,
         }  # fmt: skip
         arguments.out.write_text(json.dumps(document, indent=1) + "\n")

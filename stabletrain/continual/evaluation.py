@@ -50,7 +50,8 @@ OVERLAP_IMAGES = 200
 def accuracy_matrix(experiment: ContinualExperiment, state: ContinualState) -> AccuracyMatrix:
     """All accuracies measured so far; steps count updates, so that a task's end is its last step and one."""
     matrix = AccuracyMatrix(tuple(end + 1 for end in experiment.timeline.ends))
-    for step, row in zip(experiment.schedule.measured, np.asarray(state.accuracy, np.float64), strict=True):
+    measured = experiment.schedule.measured
+    for step, row in zip(measured, np.asarray(state.accuracy, np.float64)[: len(measured)], strict=True):
         if (row >= 0).any():
             matrix.record(step, np.where(row >= 0, np.minimum(row, 1.0), np.nan))
     return matrix

@@ -59,7 +59,8 @@ class ContinualState:
     """Everything that evolves.
 
     `statistics`: of batch normalisation, {} without. `aggregator`: what an aggregator remembers. `losses` [T + 2]: the
-    last loss of each gradient's identity. `accuracy` [E, T] at each measured step, -1 where not measured. `stored`:
+    last loss of each gradient's identity. `accuracy` [E, T] at each measured step, -1 where not measured, with rows to
+    spare (`Schedule.rows`). `stored`:
     what lies with each slot of the buffer (`logits` [capacity, C], `images` [capacity, H, W, C]). `old`: parameters and
     statistics when the last task ended (iCaRL), {} otherwise.
     """
@@ -105,7 +106,6 @@ class ContinualExperiment:
         shapes = jax.eval_shape(self._initial, jax.random.key(0))
         self.parameter_count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes["params"]))
         self.regularizer = LayerRegularizer(config, self.network)
-        self._key = jax.random.key(config.seed)
         self.inner_steps = 10 if config.network == "mlp" or mesh.devices.flat[0].platform != "cpu" else 1
         self._set_up()
 
@@ -137,9 +137,9 @@ class ContinualExperiment:
             )
         self.owner = self.timeline.task_of_class(self.classes)
         test_owner = self.owner[test.labels]
-        self.test_counts = np.bincount(test_owner[test_owner >= 0], minlength=self.timeline.tasks)
-        if not self.test_counts.all():
-            raise DataError(f"task {int(np.argmin(self.test_counts))} has no test image")
+        test_counts = np.bincount(test_owner[test_owner >= 0], minlength=self.timeline.tasks)
+        if not test_counts.all():
+            raise DataError(f"task {int(np.argmin(test_counts))} has no test image")
 
         streams = Streams(
             train.labels, self.timeline, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
@@ -166,17 +166,29 @@ class ContinualExperiment:
         self.aggregation = Aggregation(config, self.schedule.identities)
         self.examples_per_step = round(config.batch_size * self.timeline.mean_active)
         self.test_labels = test.labels
-        self._place(images, train.labels, test_images, test.labels)
+        self._place(images, train.labels, test_images, test.labels, test_counts)
         self._accuracies = jax.jit(self.accuracies)
         self._features = jax.jit(lambda state, x: self.apply(state.params, state.statistics, self.to_input(x))[0])
 
-    def _place(self, images: np.ndarray, labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray) -> None:
+    def _place(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        test_images: np.ndarray,
+        test_labels: np.ndarray,
+        test_counts: np.ndarray,
+    ) -> None:
+        """What the programs are given beside the batch. All that depends on the seed is here, so that runs which differ
+        in nothing else share their compiled programs.
+        """
         pad = -len(test_images) % min(TEST_CHUNK, len(test_images))
         self.resident: dict[str, Array] = jax.device_put(
             {
                 "images": images,
                 "labels": labels,
                 "owner": self.owner,
+                "key": np.asarray(jax.random.key_data(jax.random.key(self.config.seed))),
+                "test_counts": test_counts.astype(np.float32),
                 "test_images": np.concatenate([test_images, test_images[:pad]]),
                 "test_labels": np.concatenate([test_labels, np.full(pad, -1, np.int32)]),
             },
@@ -205,7 +217,7 @@ class ContinualExperiment:
             monitor=init_monitor(params, self.policy),
             aggregator=self.aggregation.init(),
             losses=jnp.zeros(self.schedule.identities),
-            accuracy=jnp.full((len(self.schedule.measured), self.timeline.tasks), NOT_MEASURED),
+            accuracy=jnp.full((self.schedule.rows, self.timeline.tasks), NOT_MEASURED),
             stored=stored,
             old=jax.tree.map(jnp.copy, initial) if self.config.loss == "icarl" else {},
         )
@@ -287,6 +299,9 @@ class ContinualExperiment:
         loss = loss + self.regularizer.in_each_loss(params)
         return loss, {"statistics": new_statistics, "logits": logits}
 
+    def _step_key(self, batch: Mapping[str, Array]) -> Array:
+        return jax.random.fold_in(jax.random.wrap_key_data(batch["key"]), batch["position"])
+
     # --- one update ---------------------------------------------------------------------------------------------------
 
     def step(self, state: ContinualState, batch: Batch) -> tuple[ContinualState, Metrics]:
@@ -300,7 +315,7 @@ class ContinualExperiment:
         def loss_of(params: Params, slot: Mapping[str, Array]) -> tuple[Array, dict[str, Any]]:
             return self._slot_loss(params, state.statistics, slot)
 
-        key = jax.random.fold_in(self._key, batch["position"])
+        key = self._step_key(batch)
         found = self.aggregation.update(
             loss_of, state.params, slots, on=on, current=current, memory=memory, identity=batch["identity"],
             state=state.aggregator, key=key,
@@ -347,8 +362,7 @@ class ContinualExperiment:
     def _begin(self, state: ContinualState, batch: Mapping[str, Array]) -> ContinualState:
         """A fresh network where a task starts (`--restart`); the old network where one has just ended (iCaRL)."""
         if self.config.restart:
-            key = jax.random.fold_in(jax.random.fold_in(self._key, 0x5EED), batch["position"])
-            initial = self._initial(key)
+            initial = self._initial(jax.random.fold_in(self._step_key(batch), 0x5EED))
             fresh = (initial["params"], initial["statistics"], self.optimizer.init(initial["params"]))
             now = (state.params, state.statistics, state.optimizer)
             first = batch["restart"] & (batch["position"] > 0)
@@ -443,7 +457,7 @@ class ContinualExperiment:
         right = lax.map(told_right, parts).reshape(-1)
         task = jnp.where(labels >= 0, batch["owner"][labels], -1)
         each = jax.nn.one_hot(task, self.timeline.tasks, dtype=jnp.float32)  # a row of zeros for -1
-        shares = (right.astype(jnp.float32) @ each) / self.test_counts
+        shares = (right.astype(jnp.float32) @ each) / batch["test_counts"]
         task_of = jnp.where(batch["owner"] < 0, self.timeline.tasks, batch["owner"])
         has_begun = jnp.zeros(self.timeline.tasks).at[task_of].max(batch["begun"], mode="drop") > 0
         return jnp.where(has_begun, shares, NOT_MEASURED)

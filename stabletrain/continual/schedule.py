@@ -23,6 +23,9 @@ from stabletrain.continual.streams import Indices, Streams
 DIP_WINDOW = 4
 """Updates after a task's start in which a dip is looked for."""
 
+EVENTS_PER_TASK = 5
+"""Measurements at a task's end, before its start, and one, two and four updates after it."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -53,6 +56,8 @@ class Schedule:
         self.identities = self.timeline.tasks + 2
         self.width = max(self._slot_count(step) for step in range(self.timeline.steps))
         self.measured = self._measured(measure_every)
+        self.rows = max(len(self.measured), EVENTS_PER_TASK * self.timeline.tasks)
+        """Room for the measurements of any windows of so many tasks, so that seeds share their compiled programs."""
         self._event_at = {step: number for number, step in enumerate(self.measured)}
 
     # --- slots --------------------------------------------------------------------------------------------------------
