@@ -76,11 +76,25 @@ def info(
 
 @app.command(cls=PanelCommand)
 def prepare(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A data set's name.")], as_json: Json = False
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A data set's name.")],
+    features: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="coco-latents: the folder of extracted features.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="coco-latents: where to write. [default: the cache]")
+    ] = None,
+    as_json: Json = False,
 ) -> int:
-    """Make a named data set ready: unpack what is here, or download and prepare it with TFDS."""
-    from stabletrain.data.prepare import prepare_dataset
+    """Make a named data set ready: unpack what is here, download and prepare it with TFDS, or pack features."""
+    from stabletrain.data.prepare import prepare_dataset, prepare_features
 
+    if features is not None or out is not None:
+        described = prepare_features(name, features, out, tick_on_stderr())
+        if as_json:
+            print_json(described)
+        else:
+            print(pairs({key: str(value) for key, value in described.items()}))
+        return EXIT_OK
     described = prepare_dataset(name, tick_on_stderr())
     if as_json:
         print_json(described)

@@ -58,6 +58,8 @@ class DatasetInfo:
     """none: pictures have the right size; centre: ADM's centre crop; celeba: 128x128 around the face."""
     transpose: bool = False
     """EMNIST's files, the TFDS ones too, hold their images transposed."""
+    latents: bool = False
+    """Latents of an autoencoder with text features, not pictures; see `stabletrain.data.latents`."""
     bundled: bool = False
     """True where no file and no network is needed."""
 
@@ -141,6 +143,13 @@ CATALOGUE: dict[str, DatasetInfo] = {
             "cub200", "CUB-200-2011 birds, centre crop", 128, 3, 200, (), 5_994, 5_794,
             (OfficialFile("CUB_200_2011"),), "https://www.vision.caltech.edu/datasets/cub_200_2011/",
             put="the folder CUB_200_2011 that CUB_200_2011.tgz holds", tfds_name="caltech_birds2011", crop="centre",
+        ),
+        DatasetInfo(
+            "coco-latents", "MS-COCO as latents of an autoencoder with text features, for text to image", 32, 4, 0, (),
+            82_783, 40_504, (OfficialFile("latents.json"),), "https://github.com/baofff/U-ViT",
+            put="what `stabletrain data prepare coco-latents --features DIR` makes of the released code's features "
+                "(DIR/train/0.npy, DIR/train/0_0.npy, ..., DIR/val/..., DIR/empty_context.npy)",
+            latents=True,
         ),
     )
 }  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from stabletrain.data.catalogue import CATALOGUE, DatasetInfo
+from stabletrain.data.latents import INDEX, open_latents
 from stabletrain.data.load import load_dataset
 from stabletrain.data.locate import locate, named, official_folder, what_to_put
 from stabletrain.data.sources import EncodedSource
@@ -37,12 +38,19 @@ def dataset_info(name_or_path: str, *, image_size: int | None = None) -> dict[st
             if path.suffix or len(path.parts) > 1:
                 raise DataError(f"no data at {path}")
             named(name_or_path)  # raises, with the nearest name
+        if (path / INDEX).is_file():
+            spec = open_latents(path, path.name).spec
+            return {**spec.to_dict(), "about": "", "found": str(path), "kind": "user", "put": None}
         dataset = load_dataset("digits", data=str(path), image_size=image_size)
         return {**_described(dataset), "about": "", "found": str(path), "kind": "user", "put": None}
     info = named(name_or_path)
     place = locate(info)
     if place is None:
         return {**_stated(info), "about": info.about, "found": None, "kind": None, "put": what_to_put(info)}
+    if info.latents:
+        found = str(place.path)
+        spec = open_latents(Path(found), info.name).spec
+        return {**spec.to_dict(), "about": info.about, "found": found, "kind": place.kind, "put": None}
     dataset = load_dataset(info.name, image_size=image_size)
     found = "bundled" if place.path is None else str(place.path)
     return {**_described(dataset), "about": info.about, "found": found, "kind": place.kind, "put": None}
@@ -80,6 +88,10 @@ def check_dataset(
     Raises: `ConfigError` for an unknown name. Data that are missing or cannot be read at all are problems, not errors.
     """
     report = tick or (lambda label, done, total: None)
+    if data is not None and (Path(data).expanduser() / INDEX).is_file():
+        return _wrong_latents(Path(data).expanduser(), report)
+    if data is None and named(name).latents:
+        return _wrong_latents(official_folder(named(name)), report)
     info = named(name) if data is None else None
     place = None if info is None else locate(info)
     problems = (
@@ -129,4 +141,20 @@ def _wrong_checksums(info: DatasetInfo, report: Tick) -> list[str]:
             problems.append(
                 f"{path} has the MD5 {found}, published was {file.md5}: it is damaged, cut off, or another file"
             )
+    return problems
+
+
+def _wrong_latents(folder: Path, report: Tick) -> list[str]:
+    try:
+        latents = open_latents(folder, folder.name)
+    except DataError as error:
+        return [str(error)]
+    problems = []
+    for name, split in (("train", latents.train), ("test", latents.test)):
+        for part in ("moments", "contexts"):
+            array = getattr(split, part)
+            for start in range(0, len(array), LOOKED_AT):
+                report(f"{name} {part}", start, len(array))
+                if not np.isfinite(array[start : start + LOOKED_AT]).all():
+                    problems.append(f"{name} {part} {start} to {start + LOOKED_AT} hold numbers that are not finite")
     return problems

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from stabletrain.data import archives, arrays, fingerprints, folders, tfds
-from stabletrain.data.catalogue import DatasetInfo, list_datasets
+from stabletrain.data.catalogue import CATALOGUE, DatasetInfo, list_datasets
 from stabletrain.data.crops import Crop, celeba_crop, centre_crop, is_grey, open_picture, transposed
 from stabletrain.data.locate import Place, locate, named, what_to_put
 from stabletrain.data.sources import ArraySource, EncodedSource, ResizedSource, SubsetSource
@@ -55,6 +55,8 @@ def load_dataset(name: str, *, data: str | None = None, image_size: int | None =
     """
     if image_size is not None and image_size < 1:
         raise ConfigError(f"image_size is {image_size}; expected a number of pixels")
+    if name in CATALOGUE and CATALOGUE[name].latents:
+        raise ConfigError(f"{name} holds latents and text features, no pictures: it is for `stabletrain diffusion`")
     if data is not None:
         return _from_user(name, Path(data).expanduser(), image_size)
     info = named(name)

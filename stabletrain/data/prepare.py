@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from stabletrain.data import tfds
 from stabletrain.data.check import Tick, dataset_info
-from stabletrain.data.locate import locate, named, what_to_put
-from stabletrain.errors import DataError
+from stabletrain.data.latents import prepare_latents
+from stabletrain.data.locate import locate, named, official_folder, what_to_put
+from stabletrain.errors import ConfigError, DataError
 
 
 def prepare_dataset(name: str, tick: Tick | None = None) -> dict[str, Any]:
@@ -21,6 +23,8 @@ def prepare_dataset(name: str, tick: Tick | None = None) -> dict[str, Any]:
     """
     report = tick or (lambda label, done, total: None)
     info = named(name)
+    if info.latents and locate(info) is None:
+        raise DataError(f"{name} is not on this machine: {what_to_put(info)}")
     if locate(info) is None:
         if info.tfds_name is None or not tfds.can_prepare():
             raise DataError(f"{name} cannot be prepared on this machine: {what_to_put(info)}")
@@ -31,3 +35,16 @@ def prepare_dataset(name: str, tick: Tick | None = None) -> dict[str, Any]:
             raise DataError(f"{error}; or {what_to_put(info)}") from error
     report(f"reading {name}", 0, 1)
     return dataset_info(name)
+
+
+def prepare_features(name: str, features: Path | None, out: Path | None, tick: Tick | None = None) -> dict[str, Any]:
+    """Packs a folder of features as a named set of latents, into `out` or the cache; see `prepare_latents`.
+
+    Raises: `ConfigError` for a set that is no latents or without `features`, `DataError` for damaged features.
+    """
+    info = named(name)
+    if not info.latents:
+        raise ConfigError(f"--features and --out do nothing for {name}: they are for coco-latents")
+    if features is None:
+        raise ConfigError("--out needs --features, the folder to pack")
+    return prepare_latents(features, out or official_folder(info), tick)

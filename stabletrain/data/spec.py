@@ -53,15 +53,20 @@ class DataSpec:
     """SHA-256 of the content; independent of paths and times."""
     train_count: int
     test_count: int
+    context_shape: tuple[int, ...] = ()
+    """(L, D) of the text features beside each image of latents; () for everything else."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for record.json."""
-        return {**asdict(self), "class_names": list(self.class_names)}
+        values = {**asdict(self), "class_names": list(self.class_names)}
+        context = values.pop("context_shape")
+        return {**values, "context_shape": list(context)} if context else values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`."""
-        return cls(**{**values, "class_names": tuple(values["class_names"])})
+        context = tuple(values.get("context_shape", ()))
+        return cls(**{**values, "class_names": tuple(values["class_names"]), "context_shape": context})
 
 
 @dataclass(frozen=True)

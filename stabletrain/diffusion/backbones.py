@@ -17,7 +17,12 @@ from stabletrain.diffusion.uvit import UViT
 from stabletrain.errors import ConfigError
 
 
-def _uvit(config: DiffusionConfig, shape: tuple[int, int, int], common: Mapping[str, Any]) -> UViT:
+def _uvit(
+    config: DiffusionConfig,
+    shape: tuple[int, int, int],
+    common: Mapping[str, Any],
+    context_shape: tuple[int, ...] = (),
+) -> UViT:
     size, _, channels = shape
     patch = config.patch_size or max(patch for patch in range(1, max(1, size // 14) + 1) if size % patch == 0)
     if size % patch:
@@ -30,6 +35,7 @@ def _uvit(config: DiffusionConfig, shape: tuple[int, int, int], common: Mapping[
         depth=config.depth,
         heads=config.heads,
         gate_form=config.gate or "token",
+        context_shape=context_shape,
         **common,
     )
 
@@ -74,12 +80,18 @@ BACKBONES: Mapping[str, Callable[[DiffusionConfig, tuple[int, int, int], Mapping
 
 
 def build_network(
-    config: DiffusionConfig, image_shape: tuple[int, int, int], *, num_classes: int, dtype: Any
+    config: DiffusionConfig,
+    image_shape: tuple[int, int, int],
+    *,
+    num_classes: int,
+    dtype: Any,
+    context_shape: tuple[int, ...] = (),
 ) -> nn.Module:
     """The network of a resolved configuration for images of `image_shape` (H, W, C).
 
     Called as `apply({"params": p}, images, times, labels or None, skip_multipliers=None, train=False)`. The label
-    `num_classes` means "none"; a network that is trained without hiding labels has no such embedding.
+    `num_classes` means "none"; a network that is trained without hiding labels has no such embedding. With
+    `context_shape` (L, D) the labels are text features [B, L, D]; only the U-ViT reads them.
     Raises: `ConfigError` where the shape does not fit.
     """
     common = {
@@ -89,6 +101,8 @@ def build_network(
         "kappa": 1.0 if config.kappa is None else config.kappa,
         "dtype": dtype,
     }
+    if context_shape:
+        return _uvit(config, image_shape, common, context_shape)
     return BACKBONES[config.backbone](config, image_shape, common)
 
 

@@ -56,7 +56,7 @@ BLOCK_STYLE_NAMES = ("ddpm", "iddpm", "adm", "ddpm++")
 RESAMPLING_STYLES = ("adm", "ddpm++")
 """Those that change the resolution within residual blocks, with a filter."""
 SKIP_SCALING_NAMES = ("none", "sqrt2", "cs", "ls", "ls-per-skip", "const", "mp-cat", "layernorm", "learned-scalar")
-PROCESS_NAMES = ("vp-sde", "ddpm-linear", "ddpm-cosine", "edm")
+PROCESS_NAMES = ("vp-sde", "ddpm-linear", "ddpm-cosine", "ddpm-scaled-linear", "edm")
 SAMPLER_NAMES = (
     "ddim", "ddpm", "ddpm-large", "ddpm-learned", "euler-maruyama", "ode-euler", "heun", "dpm-solver-fast",
     "dpm-solver-2m",
@@ -65,7 +65,7 @@ SAMPLER_PROCESSES = {
     "euler-maruyama": ("vp-sde",),
     "ode-euler": ("vp-sde", "edm"),
     "dpm-solver-fast": ("vp-sde", "edm"),
-    "ddpm-learned": ("ddpm-linear", "ddpm-cosine"),
+    "ddpm-learned": ("ddpm-linear", "ddpm-cosine", "ddpm-scaled-linear"),
 }
 """The processes that a sampler can follow, where not all."""
 
@@ -142,7 +142,7 @@ class DiffusionConfig(ScoreConfig):
         panel=NETWORK,
     )
     label_dropout: float | None = option(
-        None, "Share of labels hidden in training, for guidance.", panel=NETWORK, minimum=0.0, maximum=1.0
+        None, "Share of labels or texts hidden in training, for guidance.", panel=NETWORK, minimum=0.0, maximum=1.0
     )
 
     process: str = option(
@@ -153,11 +153,11 @@ class DiffusionConfig(ScoreConfig):
     )
 
     diffusion_steps: int | None = option(
-        None, "ddpm-linear and ddpm-cosine: levels of noise; 1,000 unless given.", panel=PROCESS, minimum=2
+        None, "The three DDPM processes: levels of noise; 1,000 unless given.", panel=PROCESS, minimum=2
     )
     learned_variance: bool = option(
         False,
-        "unet with ddpm-linear or ddpm-cosine: the network says the variance of the steps of --sampler ddpm-learned.",
+        "unet with a DDPM process: the network says the variance of the steps of --sampler ddpm-learned.",
         panel=PROCESS,
     )
 
@@ -178,8 +178,16 @@ class DiffusionConfig(ScoreConfig):
     guidance: float | None = option(
         None, "Guidance strength w: 1 is the labelled network alone, 0 the unlabelled one.", panel=SAMPLING, minimum=0.0
     )
-    clip_denoised: bool = option(
-        True, "Keep the estimated clean image in [-1, 1] at every sampling step.", panel=SAMPLING
+    clip_denoised: bool | None = option(
+        None,
+        "Keep the estimated clean image in [-1, 1] at every sampling step; by default yes, but not for latents.",
+        panel=SAMPLING,
+    )
+    latent_scale: float | None = option(
+        None,
+        "coco-latents: factor of the latents before the noise; 0.2301, U-ViT's, unless given.",
+        panel=PROCESS,
+        minimum=1e-6,
     )
     sampling_batch: int = option(250, "Images sampled at once.", panel=SAMPLING, minimum=1, identity=False)
 
@@ -279,7 +287,9 @@ def _problems(config: DiffusionConfig) -> Iterator[str]:
             yield f"{flag} does nothing with --backbone {config.backbone}: it belongs to {' and '.join(backbones)}"
     yield from _scaling_problems(config)
     yield from _shape_problems(config)
-    yield from _label_problems(config)
+    yield from _text_problems(config) if reads_text(config) else _label_problems(config)
+    if config.latent_scale is not None and not reads_text(config):
+        yield "--latent-scale does nothing with pictures: it belongs to --dataset coco-latents"
     yield from _sampler_problems(config)
     yield from score_problems(config)
     if config.horizontal_flip and config.data is None and config.dataset in HANDWRITING:
@@ -353,6 +363,29 @@ def _unet_problems(config: DiffusionConfig) -> Iterator[str]:
         yield f"--resample-filter has {len(taps)} taps of sum {sum(taps)}: an even number, and no zero sum, are due"
 
 
+def reads_text(config: DiffusionConfig) -> bool:
+    """Whether the data are latents with text features."""
+    return config.dataset in CATALOGUE and CATALOGUE[config.dataset].latents
+
+
+def _text_problems(config: DiffusionConfig) -> Iterator[str]:
+    name = config.dataset
+    if config.backbone != "uvit":
+        yield f"{name} needs --backbone uvit (or a size of it): text features are tokens beside patches"
+    if config.class_conditional:
+        yield f"--class-conditional makes no sense for {name}: its images have texts, no labels"
+    if config.image_size and config.image_size != CATALOGUE[name].image_size:
+        yield f"--image-size does nothing for {name}: latents cannot be resized"
+    if config.horizontal_flip:
+        yield f"--horizontal-flip makes no sense for {name}: the latent of a mirrored picture is no mirrored latent"
+    if config.eval_samples:
+        yield f"--eval-samples {config.eval_samples} makes no sense for {name}: latents are no pictures to be judged"
+    if config.clip_denoised:
+        yield f"--clip-denoised makes no sense for {name}: latents do not lie in [-1, 1]"
+    if config.guidance not in (None, 1.0) and config.label_dropout == 0:
+        yield f"--guidance {config.guidance} needs a network that was trained without texts too: raise --label-dropout"
+
+
 def _label_problems(config: DiffusionConfig) -> Iterator[str]:
     if config.class_conditional is False:
         if config.label_dropout:
@@ -394,7 +427,7 @@ def _sampler_problems(config: DiffusionConfig) -> Iterator[str]:
         for name in ("diffusion_steps", "learned_variance"):
             if getattr(config, name):
                 flag = "--" + name.replace("_", "-")
-                yield f"{flag} does nothing with --process {config.process}: it belongs to ddpm-linear and ddpm-cosine"
+                yield f"{flag} does nothing with --process {config.process}: it belongs to the DDPM ones"
     if config.churn and (config.sampler, config.process) != ("heun", "edm"):
         yield f"--churn does nothing with --sampler {config.sampler} on {config.process}: it belongs to heun on edm"
     if config.ddim_eta is not None and config.sampler != "ddim":
@@ -460,6 +493,16 @@ The batches are 128 (iDDPM), 4096 (ADM, 2,500 million images) and 512 (DDPM++, 2
 images, and averages of half-life 50 and 0.5 million images. Differs: EDM's average ramps up as 5 % of the images seen.
 """
 
+TEXT_TRAINING: dict[str, Any] = {
+    "steps": 1_000_000, "learning_rate": 2e-4, "warmup_steps": 5000, "beta1": 0.9, "beta2": 0.9,
+    "horizontal_flip": False, "class_conditional": False, "clip_denoised": False, "label_dropout": 0.1,
+    "latent_scale": 0.2301,
+}  # fmt: skip
+"""How Bao et al. 2023 train their text-to-image networks on MS-COCO, in batches of 256; they sample with w = 2.
+
+Their process is `--process ddpm-scaled-linear`, which must be asked for, as every process but vp-sde must.
+"""
+
 SMALL_IMAGES = 16
 
 
@@ -511,9 +554,12 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
         "guidance": (1.0 if config.label_dropout == 0 else 1.5) if conditional else None,
         "kappa": 0.7 if config.skip_scaling in TAKES_KAPPA else None,
         "gate": "token" if config.backbone == "uvit" and config.skip_scaling in ("ls", "ls-per-skip") else None,
+        "clip_denoised": True,
         **_network_values(config, image_size, published),
         **PUBLISHED_TRAINING.get(name, {}),
     }
+    if reads_text(config):
+        chosen |= TEXT_TRAINING | {"guidance": 1.0 if config.label_dropout == 0 else 2.0}
     if config.head_channels:
         chosen["heads"] = 0
     if config.backbone == "unet" and (config.block_style or chosen["block_style"]) in RESAMPLING_STYLES:

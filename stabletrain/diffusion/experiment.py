@@ -89,17 +89,19 @@ class DiffusionExperiment:
         self.config = config
         self.mesh = mesh
         self.dataset: Dataset | None = None
-        if data_spec is None:
-            self.dataset = load_dataset(config.dataset, data=config.data, image_size=config.image_size or None)
-            data_spec = self.dataset.spec
-        self.data_spec = data_spec
+        self.data_spec = self._open_data() if data_spec is None else data_spec
+        data_spec = self.data_spec
         self.num_classes = data_spec.num_classes if config.class_conditional else 0
         self.image_shape = (data_spec.image_size, data_spec.image_size, data_spec.channels)
         self._check_data()
 
         self.process = build_process(config)
         self.network = build_network(
-            config, self.image_shape, num_classes=self.num_classes, dtype=compute_dtype(config.precision)
+            config,
+            self.image_shape,
+            num_classes=self.num_classes,
+            context_shape=data_spec.context_shape,
+            dtype=compute_dtype(config.precision),
         )
         self.policy = Policy.from_config(config)
         self.examples_per_step = config.batch_size
@@ -109,6 +111,12 @@ class DiffusionExperiment:
         self._key = jax.random.key(config.seed)
         self._generators: dict[Settings, Generator] = {}
         self._place_data()
+
+    def _open_data(self) -> DataSpec:
+        """Loads what there is to train on, and says what it is."""
+        config = self.config
+        self.dataset = load_dataset(config.dataset, data=config.data, image_size=config.image_size or None)
+        return self.dataset.spec
 
     def _check_data(self) -> None:
         """Raises: `ConfigError` for a configuration that these data do not allow."""
@@ -147,8 +155,12 @@ class DiffusionExperiment:
 
     def _initial_params(self, key: Array) -> Params:
         images = jnp.zeros((1, *self.image_shape))
-        labels = jnp.zeros((1,), jnp.int32) if self.num_classes else None
+        labels = self._no_labels(1)
         return self.network.init({"params": key}, images, jnp.zeros((1,)), labels, train=False)["params"]
+
+    def _no_labels(self, count: int) -> Array | None:
+        """Any labels of the right shape; None for a network without."""
+        return jnp.zeros((count,), jnp.int32) if self.num_classes else None
 
     def init(self, key: Array) -> DiffusionState:
         """The state before the first step."""
@@ -243,20 +255,19 @@ class DiffusionExperiment:
 
     def _fixed_batch(self, split: Split, count: int) -> dict[str, np.ndarray]:
         """`count` images of a split with their labels, and times and noise that never change."""
-        number = np.arange(count)
-        index = number % len(split)
-        # Multiplying by an odd constant near the golden ratio scatters the times over the images.
-        order = np.argsort(number * 2654435769 % 2**32, kind="stable")
-        noise = np.random.Generator(np.random.Philox(20)).standard_normal((count, *self.image_shape), np.float32)
-        fixed = {
-            "images": split.images.read(index),
-            "times": self.process.spread_times(count)[order],
-            "noise": noise,
-        }
+        index = np.arange(count) % len(split)
+        fixed = {"images": split.images.read(index), **self._fixed_noise(count)}
         if self.num_classes:
             assert split.labels is not None
             fixed["labels"] = split.labels[index]
         return fixed
+
+    def _fixed_noise(self, count: int) -> dict[str, np.ndarray]:
+        """`times` [count] and `noise` [count, H, W, C] that never change."""
+        # Multiplying by an odd constant near the golden ratio scatters the times over the images.
+        order = np.argsort(np.arange(count) * 2654435769 % 2**32, kind="stable")
+        noise = np.random.Generator(np.random.Philox(20)).standard_normal((count, *self.image_shape), np.float32)
+        return {"times": self.process.spread_times(count)[order], "noise": noise}
 
     def probe(self, state: DiffusionState) -> Metrics:
         """Norms of the features behind each skip and in the middle for the same noisy images each time, and gate means.
@@ -267,13 +278,18 @@ class DiffusionExperiment:
         """
         return self._probe(state.params, self._probe_batch)
 
+    def _fixed_examples(self, fixed: Mapping[str, Array]) -> tuple[Array, Array | None]:
+        """Clean images and labels of a batch that `_fixed_batch` made."""
+        return to_float(fixed["images"]), fixed.get("labels")
+
     def _probe_of(self, params: Params, fixed: Mapping[str, Array]) -> Metrics:
-        noisy = noised(self.process, to_float(fixed["images"]), fixed["noise"], fixed["times"])
+        clean, labels = self._fixed_examples(fixed)
+        noisy = noised(self.process, clean, fixed["noise"], fixed["times"])
         sown: dict[str, Any] = {}
 
         def network(noisy: Array, network_times: Array) -> Array:
             out, variables = self.network.apply(
-                {"params": params}, noisy, network_times, fixed.get("labels"), train=False, mutable=["features"]
+                {"params": params}, noisy, network_times, labels, train=False, mutable=["features"]
             )
             sown.update(variables["features"])
             return out
@@ -304,7 +320,7 @@ class DiffusionExperiment:
                 settings,
                 mesh=self.mesh,
                 image_shape=self.image_shape,
-                num_classes=self.num_classes,
+                nothing=self.num_classes or None,
                 chunk=self.config.sampling_batch,
             )
         return self._generators[settings]
@@ -318,7 +334,7 @@ class DiffusionExperiment:
             guidance=1.0 if config.guidance is None else config.guidance,
             eta=config.ddim_eta or 0.0,
             churn=config.churn or 0.0,
-            clip=config.clip_denoised,
+            clip=filled(config.clip_denoised),
         )
 
     def evaluate(self, state: DiffusionState, step: int, context: EvaluationContext) -> Evaluation:
@@ -329,13 +345,9 @@ class DiffusionExperiment:
         those of `stabletrain.metrics.scoring.score_images`.
         """
         assert self.dataset is not None, "an experiment built for sampling cannot be evaluated"
-        scalars: dict[str, float] = {}
         split = "train" if self._held_out_split is self.dataset.train else "test"
-        weights = self.weights(state)
-        for name, params in weights.items():
-            scalars[f"eval/loss_{split}_{name}"] = self._held_out_loss(params, f"loss of {name} weights", context)
-
-        name, params = next(iter(weights.items()))
+        scalars = self._held_out_losses(state, split, context)
+        name, params = next(iter(self.weights(state).items()))
         labels = self._evaluation_labels()
         images = self.generator(self.settings()).generate(
             params, labels, seed=self.config.seed, context=context, what="evaluation samples"
@@ -355,6 +367,12 @@ class DiffusionExperiment:
         """The grid's labels first, then those of the judged samples, every class equally often (within one)."""
         judged = np.arange(filled(self.config.eval_samples)) % max(self.num_classes, 1)
         return np.concatenate([grid_labels(self.num_classes), judged]).astype(np.int32)
+
+    def _held_out_losses(self, state: DiffusionState, split: str, context: EvaluationContext) -> dict[str, float]:
+        return {
+            f"eval/loss_{split}_{name}": self._held_out_loss(params, f"loss of {name} weights", context)
+            for name, params in self.weights(state).items()
+        }
 
     def _held_out_loss(self, params: Params, label: str, context: EvaluationContext) -> float:
         fixed, total = self.held_out_pairs, self.config.eval_pairs
@@ -379,7 +397,9 @@ class DiffusionExperiment:
         return self._fixed_batch(self._held_out_split, self.config.eval_pairs)
 
     def _losses_of(self, params: Params, fixed: Mapping[str, Array]) -> Array:
-        def network(noisy: Array, network_times: Array) -> Array:
-            return self._apply(params, noisy, network_times, fixed.get("labels"))
+        clean, labels = self._fixed_examples(fixed)
 
-        return self.process.loss(network, to_float(fixed["images"]), fixed["noise"], fixed["times"])
+        def network(noisy: Array, network_times: Array) -> Array:
+            return self._apply(params, noisy, network_times, labels)
+
+        return self.process.loss(network, clean, fixed["noise"], fixed["times"])

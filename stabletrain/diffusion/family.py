@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stabletrain.diffusion.config import SAMPLER_NAMES, DiffusionConfig, resolve
+from stabletrain.diffusion.config import SAMPLER_NAMES, DiffusionConfig, reads_text, resolve
 from stabletrain.diffusion.frontier_command import frontier
 from stabletrain.diffusion.import_command import import_weights
 from stabletrain.diffusion.theory_command import theory
@@ -34,6 +34,12 @@ class SampleOptions:
         None, "Which weights: their moving average or the last ones.", panel=PANEL, choices=("ema", "raw")
     )
     seed: int = option(0, "Seed of the images.", panel=PANEL, minimum=0)
+    context: str | None = option(
+        None,
+        "Text features of a text-to-image model: an .npz (contexts, empty) or a folder of prepared latents; "
+        "else the held-out texts of its own data.",
+        panel=PANEL,
+    )
     skip_multipliers: tuple[float, ...] = option(
         (), "Multiply each skip connection, outermost first; one number stands for all.", panel=PANEL
     )
@@ -46,6 +52,10 @@ def build(config: DiffusionConfig, *, mesh: Any, data_spec: Any = None) -> Diffu
 
     if isinstance(data_spec, Mapping):
         data_spec = DataSpec.from_dict(data_spec)
+    if reads_text(config):
+        from stabletrain.diffusion.latent_experiment import LatentExperiment
+
+        return LatentExperiment(config, mesh=mesh, data_spec=data_spec)
     return DiffusionExperiment(config, mesh=mesh, data_spec=data_spec)
 
 
@@ -56,8 +66,11 @@ def sample(
 
     Raises: `ConfigError` for an option that this model cannot follow.
     """
+    from stabletrain.diffusion.latent_experiment import LatentExperiment, sampled_latents
     from stabletrain.diffusion.sampling import sample_files
 
+    if isinstance(experiment, LatentExperiment):
+        return sampled_latents(experiment, state, options, context)
     return sample_files(experiment, state, options, context)
 
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: one network, with and without the label.
+"""Classifier-free guidance: one network, with and without the label or text.
 
 **Source** Ho and Salimans 2022. **Differs** in how strength is counted: here w is such that
 
@@ -13,20 +13,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from stabletrain.diffusion.processes import Array, Network
 
 LabelledNetwork = Callable[[Array, Array, Array], Array]
-"""(noisy [B, H, W, C], network times [B], labels [B]) -> [B, H, W, C], or 2 C with a learned variance."""
+"""(noisy [B, H, W, C], network times [B], labels [B] or text features [B, L, D]) -> [B, H, W, C].
+
+2 C channels with a learned variance.
+"""
 
 
-def guided(network: LabelledNetwork, labels: Array, null_label: int, scale: float) -> Network:
-    """The network that samplers follow, for images of the classes `labels` [B].
+def guided(network: LabelledNetwork, labels: Array, nothing: ArrayLike, scale: float) -> Network:
+    """The network that samplers follow, for images of the classes `labels` [B], or of texts [B, L, D].
 
-    `null_label` is the label that means "none"; `scale` is w. Both answers come from one evaluation on twice the batch;
-    w = 0 and w = 1 need no second answer and cost no second half.
+    `nothing` is the label that means "none", or the features [L, D] of the empty text; `scale` is w. Both answers come
+    from one evaluation on twice the batch; w = 0 and w = 1 need no second answer and cost no second half.
     """
-    nothing = jnp.full_like(labels, null_label)
+    nothing = jnp.broadcast_to(jnp.asarray(nothing, labels.dtype), labels.shape)
     if scale == 1.0:
         return lambda noisy, times: network(noisy, times, labels)
     if scale == 0.0:

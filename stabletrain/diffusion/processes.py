@@ -189,7 +189,19 @@ def cosine_betas(count: int) -> np.ndarray:
     return np.minimum(1.0 - level[1:] / level[:-1], 0.999)
 
 
-BETAS: Mapping[str, Callable[[int], np.ndarray]] = {"linear": linear_betas, "cosine": cosine_betas}
+def scaled_linear_betas(count: int) -> np.ndarray:
+    """0.00085 to 0.012, their square roots in equal steps (for 1,000 steps; scaled to other counts).
+
+    Rombach et al. 2022 (latent diffusion), and with it U-ViT's text-to-image networks.
+    """
+    return np.linspace(0.00085**0.5, 0.012**0.5, count) ** 2 * (1000 / count)
+
+
+BETAS: Mapping[str, Callable[[int], np.ndarray]] = {
+    "linear": linear_betas,
+    "cosine": cosine_betas,
+    "scaled-linear": scaled_linear_betas,
+}
 
 
 @functools.cache
@@ -203,7 +215,8 @@ def _tables(schedule: str, count: int) -> tuple[np.ndarray, np.ndarray]:
 class DDPM:
     """Discrete denoising diffusion of `count` steps, with a network that predicts the noise.
 
-    Time i is the i-th noise level, 0..count-1: alpha_i^2 = prod_{j <= i} (1 - beta_j). Time -1 means no noise.
+    Time i is the i-th noise level, 0..count-1: alpha_i^2 = prod_{j <= i} (1 - beta_j). Time -1 means no noise. The
+    network is told i, or i + 1 with the scaled-linear schedule, as U-ViT's text-to-image networks count.
 
     Source: Ho et al. 2020, Eqs. 4 and 14.
     """
@@ -237,7 +250,8 @@ class DDPM:
         return jnp.asarray(alpha.astype(dtype))[times + 1], jnp.asarray(sigma.astype(dtype))[times + 1]
 
     def _network_times(self, times: Array) -> Array:
-        return times.astype(jnp.float32) * (1000 / self.count)
+        first = 1 if self.schedule == "scaled-linear" else 0
+        return (times.astype(jnp.float32) + first) * (1000 / self.count)
 
     def estimate(self, network: Network, noisy: Array, times: Array) -> Estimate:
         return _noise_estimate(self, self._network_times(times), network, noisy, times)
@@ -319,6 +333,7 @@ PROCESSES: Mapping[str, Callable[[], Process]] = {
     "vp-sde": VPSDE,
     "ddpm-linear": lambda: DDPM("linear"),
     "ddpm-cosine": lambda: DDPM("cosine"),
+    "ddpm-scaled-linear": lambda: DDPM("scaled-linear"),
     "edm": EDM,
 }
 """By the name of the option `--process`, with as many steps as the papers have."""

@@ -27,12 +27,13 @@ from stabletrain.training.devices import batch_sharding, replicated
 from stabletrain.training.experiment import EvaluationContext
 
 if TYPE_CHECKING:
+    from stabletrain.data.latents import Texts
     from stabletrain.diffusion.experiment import DiffusionExperiment, DiffusionState
     from stabletrain.diffusion.family import SampleOptions
 
 Params = Any
 Apply = Callable[..., Array]
-"""(params, noisy, network times, labels or None, skip_multipliers or None) -> the network's output."""
+"""(params, noisy, network times, labels, texts or None, skip_multipliers or None) -> the network's output."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Generator:
     """Images from parameters, compiled once for its settings.
 
     Image n of a seed depends on the parameters, the settings and its label only, not on the chunk or the devices.
+    `nothing` is the label that means "none", or the features [L, D] of the empty text; None for a network without
+    either. `finish` turns a chunk of what the samplers give into what is kept: uint8 images.
     """
 
     def __init__(
@@ -74,10 +77,11 @@ class Generator:
         *,
         mesh: Mesh,
         image_shape: tuple[int, int, int],
-        num_classes: int,
+        nothing: np.ndarray | int | None,
         chunk: int,
+        finish: Callable[[Array], np.ndarray] = to_uint8,
     ) -> None:
-        self.num_classes = num_classes
+        self._finish = finish
         self.chunk = -(-chunk // mesh.size) * mesh.size
         self._mesh = mesh
         plan = plan_of(process, settings)
@@ -87,8 +91,8 @@ class Generator:
             def network(noisy: Array, times: Array, classes: Array | None) -> Array:
                 return apply(params, noisy, times, classes, multipliers)
 
-            if num_classes:
-                follow = guided(network, labels, num_classes, settings.guidance)
+            if nothing is not None:
+                follow = guided(network, labels, nothing, settings.guidance)
             else:
 
                 def follow(noisy: Array, times: Array) -> Array:
@@ -101,9 +105,9 @@ class Generator:
         self._keys = jax.jit(lambda seed, n: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(n))
 
     def chunks(
-        self, params: Params, labels: np.ndarray, *, seed: int, context: EvaluationContext, what: str
+        self, params: Params, labels: np.ndarray | Texts, *, seed: int, context: EvaluationContext, what: str
     ) -> Iterator[np.ndarray]:
-        """uint8 images of the asked labels, a chunk at a time, in order."""
+        """Images of the asked labels [N] or texts [N, L, D], a chunk at a time, in order."""
         total = len(labels)
         for start in range(0, total, self.chunk):
             context.tick(what, start, total)
@@ -114,16 +118,22 @@ class Generator:
                 continue
             # Always whole chunks: another size would be another program to compile.
             numbers = np.arange(start, start + self.chunk, dtype=np.uint32)
-            asked = np.resize(labels[start : start + count], self.chunk).astype(np.int32)
-            images = to_uint8(self._trajectory(params, self._keys(np.uint32(seed), numbers), asked))[:count]
+            asked = np.resize(labels[start : start + count], (self.chunk, *labels.shape[1:]))
+            images = self._finish(self._trajectory(params, self._keys(np.uint32(seed), numbers), asked))[:count]
             _save(kept, images)
             yield images
         context.tick(what, total, total)
 
     def generate(
-        self, params: Params, labels: np.ndarray, *, seed: int, context: EvaluationContext, what: str = "sampling"
+        self,
+        params: Params,
+        labels: np.ndarray | Texts,
+        *,
+        seed: int,
+        context: EvaluationContext,
+        what: str = "sampling",
     ) -> np.ndarray:
-        """uint8 images [N, H, W, C] of the asked labels [N]."""
+        """Images [N, H, W, C] of the asked labels [N] or texts [N, L, D]."""
         return np.concatenate(list(self.chunks(params, labels, seed=seed, context=context, what=what)))
 
 
@@ -165,14 +175,12 @@ def sample_files(
 
     Raises: `ConfigError` for weights, a label, a guidance or multipliers that this model does not have.
     """
-    weights = experiment.weights(state)
-    name = options.weights or next(iter(weights))
-    if name not in weights:
-        raise ConfigError("this run keeps no moving average (--ema-decay 0): use --weights raw")
-    settings = _settings_of(experiment, options)
+    if options.context is not None:
+        raise ConfigError("--context does nothing: this model reads no texts")
+    params, settings = chosen_weights(experiment, state, options), sample_settings(experiment, options)
     names = experiment.data_spec.class_names if experiment.num_classes else ()
     labels = _labels_of(options, names)
-    images = experiment.generator(settings).generate(weights[name], labels, seed=options.seed, context=context)
+    images = experiment.generator(settings).generate(params, labels, seed=options.seed, context=context)
 
     digits = len(str(options.num - 1))
     files = {"grid.png": encode_png(image_grid(images, GRID_COLUMNS))}
@@ -186,8 +194,20 @@ def sample_files(
     return files
 
 
-def _settings_of(experiment: DiffusionExperiment, options: SampleOptions) -> Settings:
-    """The run's own settings with the options that were given; refused where the model cannot follow."""
+def chosen_weights(experiment: DiffusionExperiment, state: DiffusionState, options: SampleOptions) -> Params:
+    """The asked weights, or the first that there are. Raises: `ConfigError` for weights that the run does not keep."""
+    weights = experiment.weights(state)
+    name = options.weights or next(iter(weights))
+    if name not in weights:
+        raise ConfigError("this run keeps no moving average (--ema-decay 0): use --weights raw")
+    return weights[name]
+
+
+def sample_settings(experiment: DiffusionExperiment, options: SampleOptions) -> Settings:
+    """The run's own settings with the options that were given.
+
+    Raises: `ConfigError` where the model cannot follow.
+    """
     config, own = experiment.config, experiment.settings()
     sampler = options.sampler or own.sampler
     changes: dict[str, Any] = {
@@ -198,7 +218,7 @@ def _settings_of(experiment: DiffusionExperiment, options: SampleOptions) -> Set
     if options.sampling_steps:
         changes["steps"] = options.sampling_steps
     if options.guidance is not None:
-        if not experiment.num_classes:
+        if not experiment.num_classes and not experiment.data_spec.context_shape:
             raise ConfigError("--guidance does nothing: this model knows no labels")
         if options.guidance != 1.0 and not config.label_dropout:
             raise ConfigError("--guidance other than 1 needs a model trained with --label-dropout; this one was not")

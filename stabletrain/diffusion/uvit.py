@@ -90,10 +90,12 @@ class SkipLinear(nn.Module):
 class UViT(nn.Module):
     """Predicts the noise in `images` at `times`.
 
-    Tokens are [label,] time, patches. With `num_classes` > 0 labels are given as [B] in 0 .. num_classes, the last
-    being the null label of classifier-free guidance (left out with `null_label=False`); with 0 they are not used.
+    Tokens are [label,] time, [texts,] patches. With `num_classes` > 0 labels are given as [B] in 0 .. num_classes, the
+    last being the null label of classifier-free guidance (left out with `null_label=False`). With `context_shape`
+    (L, D) they are text features [B, L, D], and each of the L becomes a token by one linear map. With neither they are
+    not used.
 
-    Shapes: images [B, H, W, C], times [B] (0 .. 999), labels [B] -> [B, H, W, C] in at least float32.
+    Shapes: images [B, H, W, C], times [B] (0 .. 999), labels [B] or [B, L, D] -> [B, H, W, C] in at least float32.
     Collection "features", when mutable: the per-sample norm [B] of each decoder block's output, `skip_<i>`, of the
     middle block's, `middle`, and the mean gate where there are gates.
     Source: Bao et al. 2023, U-ViT; Huang et al. 2023 for the scalings.
@@ -111,6 +113,7 @@ class UViT(nn.Module):
     """Of the image, after the patches are put together."""
     num_classes: int = 0
     null_label: bool = True
+    context_shape: tuple[int, ...] = ()
     skip_scaling: str = "none"
     kappa: float = 0.7
     gate_form: str = "token"
@@ -181,9 +184,14 @@ class UViT(nn.Module):
                 name="label_embedding",
             )
             tokens.insert(0, table(labels)[:, None].astype(dtype))
+        if self.context_shape:
+            if labels is None or labels.shape[1:] != self.context_shape:
+                given = "none" if labels is None else f"an array of shape {labels.shape}"
+                raise ValueError(f"this network reads text features [B, {self.context_shape}], not {given}")
+            tokens.insert(1, self._dense(self.width, "context_embedding")(labels.astype(dtype)))
         x = jnp.concatenate(tokens, axis=1)
         positions = self.param("position_embedding", normal_002, (1, x.shape[1], self.width))
-        return x + positions.astype(dtype), len(tokens) - 1
+        return x + positions.astype(dtype), x.shape[1] - patches.shape[1]
 
     def _images(self, x: jax.Array) -> jax.Array:
         p, c = self.patch_size, self.channels

@@ -27,6 +27,7 @@ SMALL_UNET: Case = {
 UVIT_CASES: dict[str, Case] = {
     **{name: {**SMALL_UVIT, "skip_scaling": name} for name in SKIP_SCALINGS},
     "unconditional": {**SMALL_UVIT, "num_classes": 0, "skip_scaling": "cs", "kappa": 0.5},
+    "texts": {**SMALL_UVIT, "num_classes": 0, "context_shape": (5, 6), "skip_scaling": "ls"},
     "time-mlp": {**SMALL_UVIT, "time_mlp": True, "final_convolution": False, "patch_size": 4, "skip_scaling": "none"},
 }
 UNET_CASES: dict[str, Case] = {
@@ -50,14 +51,17 @@ def network_of(kind: str, name: str) -> UViT | UNet:
 
 
 def case_inputs(case: Case) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Images, times and labels of a case, in float64."""
-    return inputs(8, 2, case["num_classes"])
+    """Images, times and labels (or texts) of a case, in float64."""
+    images, times, labels = inputs(8, 2, case["num_classes"])
+    return images, times, wave("texts", (3, *case["context_shape"])) if "context_shape" in case else labels
 
 
 def shapes_of(kind: str, name: str) -> Tree:
     """The shapes of a case's parameters."""
     network = network_of(kind, name)
     labels = jnp.zeros(1, jnp.int32) if network.num_classes else None
+    if isinstance(network, UViT) and network.context_shape:
+        labels = jnp.zeros((1, *network.context_shape))
     return jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)), jnp.zeros(1), labels)["params"]
 
 

@@ -57,7 +57,7 @@ def test_a_resolved_config_leaves_nothing_open_that_applies(dataset, backbone, s
     for name in ("steps", "image_size", "width", "depth", "learning_rate"):
         assert values[name] > 0, name
     not_applicable = {
-        "data", "best_metric", "inception", "kappa_indexing", "churn", "gate", "diffusion_steps",
+        "data", "best_metric", "inception", "kappa_indexing", "churn", "gate", "diffusion_steps", "latent_scale",
         *(() if scaling in TAKES_KAPPA else ("kappa",)),
         *(() if config.class_conditional else ("guidance",)),
         *(name for name, backbones in ONLY_FOR.items() if backbone not in backbones),

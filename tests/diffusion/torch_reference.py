@@ -101,10 +101,12 @@ def uvit(p, case, images, times, labels):
     time = torch.cat([angles.cos(), angles.sin()], dim=-1)
     if case.get("time_mlp"):
         time = p.linear(F.silu(p.linear(time, "time_0")), "time_1")
-    extras = [time]
-    if labels is not None:
-        extras = [p["label_embedding/embedding"][labels], time]
-    x = torch.cat([torch.stack(extras, dim=1), x], dim=1) + p["position_embedding"]
+    extras = time[:, None]
+    if "context_shape" in case:
+        extras = torch.cat([extras, p.linear(labels, "context_embedding")], dim=1)
+    elif labels is not None:
+        extras = torch.cat([p["label_embedding/embedding"][labels][:, None], extras], dim=1)
+    x = torch.cat([extras, x], dim=1) + p["position_embedding"]
 
     def squeeze(s, name):
         return gate(p, name, s.mean(dim=-1))[..., None]
@@ -118,7 +120,7 @@ def uvit(p, case, images, times, labels):
     for i in range(count - 1, -1, -1):
         both = merged(p, case, i, x, skips[i], scales[i], squeeze, "gate")
         x = block(p.linear(both, f"skip_linear_{i}"), f"out_block_{i}")
-    x = p.linear(p.layer_norm(x, "norm"), "decoder")[:, len(extras) :]
+    x = p.linear(p.layer_norm(x, "norm"), "decoder")[:, extras.shape[1] :]
     # F.fold takes (C p1 p2); the network's packing is (p1 p2 C).
     x = x.unflatten(-1, (patch * patch, channels)).transpose(-1, -2).flatten(-2)
     x = F.fold(x.transpose(1, 2), (side * patch, side * patch), kernel_size=patch, stride=patch)
