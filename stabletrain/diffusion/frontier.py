@@ -32,7 +32,8 @@ class Cell:
     """One scaling at one depth: final losses [rates, seeds], not finite where a run blew up, and oscillations.
 
     `final`: mean training loss of the last quarter; predicting no noise at all has loss 1. `oscillation`: standard
-    deviation of that quarter's losses around their straight line.
+    deviation of that quarter's losses around their straight line. `overflow`: the first step whose loss or gradient is
+    not finite, -1 where there is none.
     """
 
     scaling: str
@@ -40,6 +41,7 @@ class Cell:
     rates: tuple[float, ...]
     final: Floats
     oscillation: Floats
+    overflow: Floats
 
     def trains(self, threshold: float) -> Floats:
         """Whether each run ends with a finite loss below the threshold, [rates, seeds]."""
@@ -63,6 +65,7 @@ class Cell:
             "rates": list(self.rates),
             "final_loss": plain(self.final),
             "oscillation": plain(self.oscillation),
+            "first_overflow": self.overflow.astype(int).tolist(),
             "largest_rate": self.largest_rate(threshold),
         }
 
@@ -79,14 +82,16 @@ def train_cell(
     warmup: int,
     weight_decay: float,
     seeds: int,
+    precision: str = "float32",
 ) -> Cell:
     """Trains `len(rates)` x `seeds` networks of `depth` skips on the handwritten digits.
 
     Equal seeds start from the same weights and see the same images, times and noise whatever the rate and scaling.
-    AdamW with beta (0.9, 0.99), rate linear from 0 over `warmup` steps, then constant.
+    AdamW with beta (0.9, 0.99), rate linear from 0 over `warmup` steps, then constant. `precision` is that of the
+    network's products and features; weights, loss and optimiser stay in float32, and no loss is scaled.
     """
     images = to_float(jnp.asarray(digits().train_images))
-    network = SkipMLP(8, 1, width, depth, skip_scaling=scaling, kappa=kappa)
+    network = SkipMLP(8, 1, width, depth, skip_scaling=scaling, kappa=kappa, dtype=jnp.dtype(precision))
     process = VPSDE()
     optimizer = optax.adamw(1.0, b1=0.9, b2=0.99, weight_decay=weight_decay)
 
@@ -102,25 +107,25 @@ def train_cell(
 
         return jnp.mean(process.loss(predict, clean, noise, times))
 
-    def train(rate: Array, seed: Array) -> Array:
+    def train(rate: Array, seed: Array) -> tuple[Array, Array]:
         key = jax.random.key(seed)
         params = network.init(jax.random.fold_in(key, 0), images[:1], jnp.zeros(1))["params"]
 
-        def step(state: Any, position: Array) -> tuple[Any, Array]:
+        def step(state: Any, position: Array) -> tuple[Any, tuple[Array, Array]]:
             params, moments = state
             loss, gradient = jax.value_and_grad(loss_of)(params, jax.random.fold_in(key, position + 1))
             update, moments = optimizer.update(gradient, moments, params)
             now = rate * jnp.minimum(position / max(warmup, 1), 1.0)
             params = jax.tree.map(lambda p, u: p + now * u, params, update)
-            return (params, moments), loss
+            return (params, moments), (loss, jnp.isfinite(loss + optax.tree.norm(gradient, squared=True)))
 
-        _, losses = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
-        return losses
+        _, (losses, finite) = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
+        return losses, jnp.where(finite.all(), -1, jnp.argmin(finite))
 
     # One network after the other: a batch of them is no faster on a CPU, and takes memory for all.
     grid = jnp.meshgrid(jnp.asarray(rates, jnp.float32), jnp.arange(seeds), indexing="ij")
     flat = (grid[0].reshape(-1), grid[1].reshape(-1))
-    losses = jax.jit(lambda pairs: jax.lax.map(lambda pair: train(*pair), pairs))(flat)
+    losses, overflow = jax.jit(lambda pairs: jax.lax.map(lambda pair: train(*pair), pairs))(flat)
     tail = np.asarray(losses, np.float64)[:, -max(2, int(TAIL * steps)) :]
     return Cell(
         scaling,
@@ -128,6 +133,7 @@ def train_cell(
         tuple(rates),
         tail.mean(axis=1).reshape(len(rates), seeds),
         _around_line(tail).reshape(len(rates), seeds),
+        np.asarray(overflow).reshape(len(rates), seeds),
     )
 
 
@@ -173,10 +179,11 @@ def frontier_table(cells: Sequence[Cell], threshold: float) -> str:
     lines = [
         "# The largest learning rate that trains",
         "",
-        f"A run trains when its mean loss over the last quarter is finite and below {threshold:g}.",
+        f"A run trains when its mean loss over the last quarter is finite and below {threshold:g}. It overflows when a "
+        "loss or gradient is not finite; a loss of 1e20 is not counted.",
         "",
-        "| skips | scaling | largest rate, median | by seed | best median loss | at rate | its oscillation |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| skips | scaling | largest rate, median | by seed | best median loss | at rate | oscillation | overflowed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cell in sorted(cells, key=lambda cell: (cell.depth, list(LABELS).index(cell.scaling))):
         largest = cell.largest_rate(threshold)
@@ -185,6 +192,7 @@ def frontier_table(cells: Sequence[Cell], threshold: float) -> str:
         by_seed = ", ".join(f"{rate:g}" for rate in largest)
         lines.append(
             f"| {cell.depth} | {LABELS[cell.scaling]} | {np.median(largest):g} | {by_seed} | {medians[best]:.4f} "
-            f"| {cell.rates[best]:g} | {np.median(cell.oscillation[best]):.4f} |"
+            f"| {cell.rates[best]:g} | {np.median(cell.oscillation[best]):.4f} "
+            f"| {np.sum(cell.overflow >= 0)} of {cell.overflow.size} |"
         )
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from stabletrain.training.config import option
 from stabletrain.training.presets import settings_from
 
 SCALINGS = ("none", "sqrt2", "cs", "ls")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class FrontierOptions:
     warmup: int = option(40, "Steps of warm-up.", minimum=0)
     weight_decay: float = option(0.03, "AdamW's.", minimum=0.0)
     seeds: int = option(5, "Seeds of each setting.", minimum=1)
+    precision: str = option("float32", "Of products and features.", choices=PRECISIONS)
     threshold: float = option(0.9, "A final loss below this counts as trained; knowing nothing has 1.", minimum=0.0)
 
 
@@ -51,11 +53,14 @@ def frontier(
     rates: Annotated[list[float] | None, typer.Option(help="Peak learning rates.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of each run.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds of each setting.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
     """Find the largest learning rate that trains, by skip scaling and depth. Finished parts are kept."""
-    given = {"depths": depths or None, "rates": rates or None, "steps": steps, "seeds": seeds}
+    given = {
+        "depths": depths or None, "rates": rates or None, "steps": steps, "seeds": seeds, "precision": precision
+    }  # fmt: skip
     options = settings_from(FrontierOptions, preset, scale, given)
     from stabletrain.training.devices import configure_backend
 
@@ -119,11 +124,11 @@ def _kept_cell(parts: Path, scaling: str, depth: int, options: FrontierOptions) 
     if path.is_file():
         with np.load(path) as kept:
             if str(kept["settings"]) == asked:
-                return Cell(scaling, depth, options.rates, kept["final"], kept["oscillation"])
+                return Cell(scaling, depth, options.rates, kept["final"], kept["oscillation"], kept["overflow"])
     rates = settings.pop("rates")
     cell = train_cell(scaling, depth, rates, **settings)
     unfinished = path.with_name(f".{path.name}")
     with unfinished.open("wb") as stream:
-        np.savez(stream, settings=asked, final=cell.final, oscillation=cell.oscillation)
+        np.savez(stream, settings=asked, final=cell.final, oscillation=cell.oscillation, overflow=cell.overflow)
     unfinished.replace(path)
     return cell

@@ -12,7 +12,7 @@ from stabletrain.diffusion.frontier import Cell, _around_line, frontier_table
 
 def cell() -> Cell:
     final = np.array([[0.2, 0.9], [0.3, 0.4], [np.nan, np.inf]])
-    return Cell("cs", 12, (1e-3, 1e-2, 1e-1), final, np.full((3, 2), 0.01))
+    return Cell("cs", 12, (1e-3, 1e-2, 1e-1), final, np.full((3, 2), 0.01), np.array([[-1, -1], [-1, -1], [7, 0]]))
 
 
 def test_a_run_trains_when_its_loss_is_finite_and_low():
@@ -25,7 +25,8 @@ def test_what_is_not_finite_is_none_in_the_document_and_out_of_the_table():
     numbers = cell().numbers(0.5)
     assert numbers["final_loss"][2] == [None, None]
     json.dumps(numbers, allow_nan=False)
-    assert "| 12 | CS | 0.01 | 0.01, 0.01 | 0.3500 | 0.01 |" in frontier_table([cell()], 0.5)
+    assert "| 12 | CS | 0.01 | 0.01, 0.01 | 0.3500 | 0.01 | 0.0100 | 2 of 6 |" in frontier_table([cell()], 0.5)
+    assert numbers["first_overflow"][2] == [7, 0]
 
 
 def test_oscillation_is_around_the_line():
