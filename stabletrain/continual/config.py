@@ -19,12 +19,14 @@ from stabletrain.continual.presets import (
     PRESETS,
     REHEARSAL_RULE_NAMES,
 )
-from stabletrain.continual.released_timelines import RELEASED
+from stabletrain.continual.released_label_sets import RELEASED_LABEL_SETS
+from stabletrain.continual.released_timelines import RELEASED, released_name
 from stabletrain.errors import ConfigError, nearest
 from stabletrain.training.config import TrainConfig, fields_of, option, replace
 
 NETWORK_NAMES = ("mlp", "conv", "resnet18")
 ORTHOGONALITY_NAMES = ("none", "dbt", "ocnn", "kernel", "kernel_cos")
+OF_SEED = "released"
 LAYER_CHOICES = ("inner", "all", "first-of-block")
 
 SETTING, REHEARSAL, METHOD, FORWARD = "Tasks", "Rehearsal", "Method", "Orthogonal layers"
@@ -53,8 +55,8 @@ class ContinualConfig(TrainConfig):
     tasks: int = option(0, "Tasks that the classes are dealt out to; 0 chooses.", panel=SETTING, minimum=0)
     timeline: str | None = option(
         None,
-        f"When each task's data come: {', '.join(ARRANGEMENTS)}, a released one such as cifar100-t0, or a FILE.toml; "
-        "random, as released, where the method says nothing else.",
+        f"When each task's data come: {', '.join(ARRANGEMENTS)}, a released one such as cifar100-l0-t2, {OF_SEED} (the "
+        "data set's, label set and windows by the seed), or a FILE.toml; random where the method says nothing else.",
         panel=SETTING,
     )
     overlap: float | None = option(
@@ -231,14 +233,19 @@ def _problems(config: ContinualConfig) -> Iterator[str]:
 
 
 def _is_fixed(timeline: str) -> bool:
-    return timeline in RELEASED or timeline.endswith(".toml")
+    return timeline in RELEASED or timeline == OF_SEED or timeline.endswith(".toml")
+
+
+def _has_label_sets(timeline: str) -> bool:
+    named = timeline in RELEASED and bool(RELEASED[timeline].classes)
+    return named or timeline == OF_SEED or timeline.endswith(".toml")
 
 
 def _setting_problems(config: ContinualConfig) -> Iterator[str]:
     timeline = config.timeline or ""
     fixed = _is_fixed(timeline)
     if not fixed and timeline not in ARRANGEMENTS:
-        known = (*ARRANGEMENTS, *RELEASED)
+        known = (*ARRANGEMENTS, OF_SEED, *RELEASED)
         yield f"unknown timeline {timeline!r}: {nearest(timeline, known)}, or a file that ends in .toml"
     if config.overlap is not None and config.timeline != "staggered":
         yield f"--overlap does nothing with --timeline {config.timeline}: it belongs to staggered"
@@ -251,7 +258,10 @@ def _setting_problems(config: ContinualConfig) -> Iterator[str]:
         yield f"--tasks does nothing with --timeline {config.timeline}, which says how many there are"
     if fixed and config.timeline_seed is not None:
         yield f"--timeline-seed does nothing with --timeline {config.timeline}, whose windows are given"
-    if timeline.endswith(".toml") and config.label_seed is not None:
+    if timeline == OF_SEED and released_name(config.dataset, config.seed) is None:
+        data = ", ".join(RELEASED_LABEL_SETS)
+        yield f"--timeline {OF_SEED} needs a data set that has released ones: --dataset {data}, not {config.dataset}"
+    if _has_label_sets(timeline) and config.label_seed is not None:
         yield f"--label-seed does nothing with --timeline {config.timeline}, whose classes are given"
 
 
@@ -374,6 +384,8 @@ def resolve(config: ContinualConfig) -> ContinualConfig:
     chosen: dict[str, Any] = {"network": network, **of_network}
     if network == of_data["network"]:
         chosen |= of_data
+    if whole.timeline == OF_SEED:
+        whole = dataclasses.replace(whole, timeline=released_name(config.dataset, config.seed))
     fixed = _is_fixed(filled(whole.timeline))
     chosen |= {name: of_data[name] for name in ("batch_size", "memory_per_class")}
     chosen["tasks"] = 0 if fixed else of_data["tasks"]

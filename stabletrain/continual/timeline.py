@@ -223,9 +223,9 @@ def _duration(classes: Sequence[int], class_counts: np.ndarray, batch_size: int,
 
 
 def _released(name: str, class_counts: np.ndarray, batch_size: int, epochs: int, rng: np.random.Generator) -> Timeline:
-    """The released starts with label sets drawn here. Raises: `ConfigError` for data or a batch they are not made for.
+    """The released starts with the released label set, or with one drawn here where the name has none.
 
-    Differs: the released label sets are permutations of their own; here the seed draws them, with the same sizes.
+    Raises: `ConfigError` for data or a batch they are not made for.
     """
     starts, sizes, released_batch = RELEASED[name].starts, RELEASED[name].class_counts, RELEASED[name].batch_size
     if sum(sizes) != len(class_counts) or batch_size != released_batch or epochs != 1:
@@ -233,7 +233,7 @@ def _released(name: str, class_counts: np.ndarray, batch_size: int, epochs: int,
             f"timeline {name} is made for {sum(sizes)} classes, --batch-size {released_batch} and one epoch; here: "
             f"{len(class_counts)} classes, --batch-size {batch_size}, {epochs} epochs"
         )
-    classes = _cut(_permuted(len(class_counts), rng), sizes)
+    classes = RELEASED[name].classes or _cut(_permuted(len(class_counts), rng), sizes)
     return Timeline(classes, starts, tuple(_duration(own, class_counts, batch_size, 1) for own in classes))
 
 
@@ -253,9 +253,13 @@ def read_timeline(path: Path, class_counts: np.ndarray, *, batch_size: int, epoc
         raise ConfigError(f"{path} is no timeline: expected a [[task]] for each task, and nothing else")
     classes, starts, durations = [], [], []
     for number, task in enumerate(tasks):
+        if not isinstance(task, dict):
+            raise ConfigError(f"{path}, task {number}: expected a table [[task]], got {task!r}")
         unknown = set(task) - {"classes", "start", "steps"}
         if unknown or not {"classes", "start"} <= set(task):
             raise ConfigError(f"{path}, task {number}: takes classes, start and optionally steps; has {sorted(task)}")
+        if not isinstance(task["classes"], list):
+            raise ConfigError(f"{path}, task {number}: classes are a list such as [0, 1], got {task['classes']!r}")
         whole = [*task["classes"], task["start"], task.get("steps", 1)]
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in whole):
             raise ConfigError(f"{path}, task {number}: classes, start and steps are whole numbers")
@@ -264,5 +268,8 @@ def read_timeline(path: Path, class_counts: np.ndarray, *, batch_size: int, epoc
                 raise ConfigError(f"{path}, task {number}: class {label} is not one of 0 to {len(class_counts) - 1}")
         classes.append(tuple(task["classes"]))
         starts.append(task["start"])
-        durations.append(task.get("steps") or _duration(classes[-1], class_counts, batch_size, epochs))
+        if "steps" in task:
+            durations.append(task["steps"])
+        else:
+            durations.append(_duration(classes[-1], class_counts, batch_size, epochs))
     return Timeline(tuple(classes), tuple(starts), tuple(durations))

@@ -52,6 +52,12 @@ def test_published_settings():
     assert (tiny.batch_size, tiny.memory_per_class, tiny.tasks) == (32, 15, 0)
 
 
+def test_released_windows_and_label_sets_are_the_seed_s():
+    whole = resolve(make_config(ContinualConfig, {"dataset": "cifar100", "timeline": "released", "seed": 5}))
+    assert whole.timeline == "cifar100-l2-t1"
+    assert resolve(whole) == whole
+
+
 BAD = {
     "--hidden does nothing with --network conv": {"network": "conv", "hidden": (8,)},
     "--depth does nothing with --network mlp": {"depth": 3},
@@ -59,6 +65,8 @@ BAD = {
     "--overlap does nothing with --timeline random": {"overlap": 0.2},
     "--tasks does nothing with --timeline cifar100-t0": {"timeline": "cifar100-t0", "tasks": 3},
     "--timeline-seed does nothing with --timeline cifar100-t0": {"timeline": "cifar100-t0", "timeline_seed": 3},
+    "--timeline released needs a data set that has released ones": {"timeline": "released"},
+    "--label-seed does nothing with --timeline cifar100-l0-t1": {"timeline": "cifar100-l0-t1", "label_seed": 1},
     "--class-range takes the smallest": {"class_range": (5, 2)},
     "--decomposition-alpha does nothing with --aggregator er": {"method": "er", "decomposition_alpha": 1.0},
     "--aggregator-scale does nothing with --aggregator sum": {"method": "sum", "aggregator_scale": "rmse"},

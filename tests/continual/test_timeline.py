@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stabletrain.continual.released_timelines import RELEASED
+from stabletrain.continual.released_label_sets import RELEASED_LABEL_SETS
+from stabletrain.continual.released_timelines import RELEASED, released_name
 from stabletrain.continual.timeline import Timeline, arrange, make_timeline, split_classes, unbalanced_classes
 from stabletrain.errors import ConfigError
 
@@ -106,6 +107,42 @@ def test_released_timelines_have_their_published_length(name):
     assert timeline.most_active <= 5
 
 
+@pytest.mark.parametrize("data", RELEASED_LABEL_SETS)
+def test_released_label_sets_are_permutations_of_all_classes(data):
+    """Three different ones, of the sizes that the windows were made for; the first and the last class as published."""
+    sets, first_and_last = RELEASED_LABEL_SETS[data], []
+    for number, classes in enumerate(sets):
+        whole = [label for own in classes for label in own]
+        assert sorted(whole) == list(range(len(whole)))
+        assert tuple(len(own) for own in classes) == RELEASED[f"{data}-l{number}-t0"].class_counts
+        first_and_last.append((whole[0], whole[-1]))
+    assert first_and_last == PUBLISHED_ENDS[data]
+
+
+PUBLISHED_ENDS = {
+    "cifar100": [(40, 47), (13, 75), (59, 35)],
+    "tiny-imagenet": [(197, 47), (77, 34), (69, 35)],
+    "emnist-byclass": [(21, 47), (60, 11), (2, 35)],
+}
+
+
+def test_a_released_timeline_has_its_label_set_or_the_seed_s():
+    counts = np.full(100, 500)
+    published = made("cifar100-l1-t2", counts, batch_size=128)
+    assert published.classes == RELEASED_LABEL_SETS["cifar100"][1]
+    drawn = made("cifar100-t2", counts, batch_size=128)
+    assert drawn.starts == published.starts
+    assert drawn.classes != published.classes
+
+
+def test_nine_seeds_are_the_nine_published_combinations():
+    names = [released_name("emnist-byclass", seed) for seed in range(27)]
+    assert len(set(names)) == 9
+    assert set(names) <= set(RELEASED)
+    assert all(names.count(name) == 3 for name in names)
+    assert released_name("digits", 0) is None
+
+
 def test_a_released_timeline_refuses_other_data_and_batches():
     with pytest.raises(ConfigError, match="100 classes, --batch-size 128"):
         made("cifar100-t0")
@@ -134,6 +171,9 @@ def test_a_file_round_trips_and_may_cut_a_stream_short(tmp_path):
         ("[[task]]\nclasses = []\nstart = 0\nsteps = 3", "task 0 has no class"),
         ("[[task]]\nclasses = [1]\nstart = -1\n", "starts at -1"),
         ("[[task]]\nclasses = [1.5]\nstart = 1\n", "whole numbers"),
+        ("[[task]]\nclasses = 3\nstart = 1\n", "classes are a list"),
+        ("[[task]]\nclasses = [1]\nstart = 1\nsteps = 0", "lasts 0 steps"),
+        ("task = [3]", "expected a table"),
         ("tasks = 3", "is no timeline"),
         ("= 3", "cannot read"),
     ],
