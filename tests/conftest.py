@@ -37,6 +37,27 @@ def real_data() -> Path:
     return Path(os.environ["STABLETRAIN_TEST_DATA"])
 
 
+QUICKLY_COMPILED = {"continual", "diffusion", "gan", "nnip"}
+"""Folders whose programs are compiled without LLVM's optimisations, in about half the time; nearly all of the time of
+these tests is compilation. Everything else, and every command that runs as a process of its own, is compiled as for
+users. STABLETRAIN_TEST_OPTIMISED=1 does so everywhere."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """See `QUICKLY_COMPILED`."""
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    if folder not in QUICKLY_COMPILED or os.environ.get("STABLETRAIN_TEST_OPTIMISED") == "1":
+        yield
+        return
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory() -> Iterator[None]:
     """Programs compiled for one module are dropped at its end; kept, they fill several GiB in each process."""
