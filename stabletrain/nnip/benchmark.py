@@ -101,7 +101,7 @@ class Simulator:
         else:
             fitted = potential
             forces = fitted.energy_and_forces
-            if potential.capacity is not None:
+            if potential.room:
 
                 def crowded(x: jax.Array) -> jax.Array:
                     return fitted.neighbors(x).overflow
@@ -142,19 +142,18 @@ class Simulator:
             after, frames = self._window(params, swarm, key)
             if self.potential is None or not bool(jnp.any(after.overflow)):
                 return after, frames
-            room = self.potential.capacity
+            room = self.potential.room
             self._fit(np.asarray(frames.position[:, -1]), more=True)
-            if self.potential.capacity == room:
+            if self.potential.room == room:
                 raise RuntimeError("a neighbour list overflowed that holds every pair")
 
     def _fit(self, positions: np.ndarray, *, more: bool = False) -> None:
         """Room for the pairs of these structures; `more`: and at least a quarter more than there was."""
         assert self.potential is not None
         fitted = self.potential.fitted(positions)
-        if more and fitted.capacity is not None and fitted.capacity == self.potential.capacity:
-            every = self.system.count * (self.system.count - 1) // 2
-            fitted = dataclasses.replace(fitted, capacity=min(every, fitted.capacity + fitted.capacity // 4))
-        if fitted.capacity != self.potential.capacity:
+        if more and fitted.room == self.potential.room:
+            fitted = fitted.larger()
+        if fitted.room != self.potential.room:
             self.potential = fitted
             self._compile()
 

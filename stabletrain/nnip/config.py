@@ -13,7 +13,7 @@ from stabletrain.nnip.stable_options import StableOptions, stable_problems
 from stabletrain.training.config import TrainConfig, option, read_toml, replace
 
 NETWORK, OPTIMISER, DATA = "Potential", "Optimiser", "Data"
-MODELS = ("schnet", "painn")
+MODELS = ("schnet", "painn", "nequip", "gemnet-t")
 
 FROM_BASE = ("dataset", "data", "energy_unit", "train_frames", "test_frames", "model", "features", "interactions",
              "cutoff", "energy_weight", "force_weight")  # fmt: skip
@@ -39,7 +39,9 @@ class NnipConfig(StableOptions, TrainConfig):
     test_frames: int = option(0, "Held-out frames that nothing is chosen by; 0 chooses.", panel=DATA, minimum=0)
     split_seed: int | None = option(None, "Seed of the split. [default: that of the base, else --seed]", panel=DATA)
 
-    model: str = option("schnet", "Network: schnet, or painn, which is equivariant.", panel=NETWORK, choices=MODELS)
+    model: str = option(
+        "schnet", "Network. painn and nequip are equivariant, gemnet-t sees angles.", panel=NETWORK, choices=MODELS
+    )
     features: int = option(0, "Features of an atom; 0 chooses.", panel=NETWORK, minimum=0)
     interactions: int = option(0, "Interaction blocks; 0 chooses.", panel=NETWORK, minimum=0)
     cutoff: float = option(5.0, "Cutoff in A.", panel=NETWORK, minimum=1.0)
@@ -101,7 +103,14 @@ def _problems(config: NnipConfig) -> Iterator[str]:
         yield f"--warmup-steps {config.warmup_steps} leaves nothing of the {config.steps} steps for the cosine"
 
 
-SMALL: dict[str, Any] = {"features": 32, "interactions": 3, "train_frames": 25, "test_frames": 200}
+SMALL: dict[str, Any] = {"train_frames": 25, "test_frames": 200}
+SMALL_NETWORKS: dict[str, dict[str, Any]] = {
+    "schnet": {"features": 32, "interactions": 3},
+    "painn": {"features": 32, "interactions": 3},
+    "nequip": {"features": 16, "interactions": 3},
+    "gemnet-t": {"features": 16, "interactions": 2},
+}
+"""Sizes that train in a minute or two on two cores."""
 
 
 def resolve(config: NnipConfig) -> NnipConfig:
@@ -122,6 +131,7 @@ def resolve(config: NnipConfig) -> NnipConfig:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} {given} contradicts the base run, which has {base[name]}")
         chosen["split_seed"] = base["split_seed"]
+    chosen = {**SMALL_NETWORKS[chosen.get("model", config.model)], **chosen}
     chosen.setdefault("split_seed", config.seed)
     train = config.train_frames or chosen["train_frames"]
     # Not all frames in one step: without the noise of minibatches Adam's second moments fall behind the gradient and

@@ -16,19 +16,21 @@ from stabletrain.data.order import batch_indices
 from stabletrain.nnip.config import NnipConfig
 from stabletrain.nnip.errors import error_scalars, error_table
 from stabletrain.nnip.frames import FramesSpec, LabelledFrames, read_frames, split
-from stabletrain.nnip.painn import PaiNN
+from stabletrain.nnip.networks import NETWORKS, Surroundings
+from stabletrain.nnip.pairs import all_pairs
 from stabletrain.nnip.potential import EnergyScale, Params, Potential
 from stabletrain.nnip.schedule import Plateau, learning_rate_at, start_plateau, update_plateau
-from stabletrain.nnip.schnet import SchNet
 from stabletrain.nnip.stable_experiment import Structures
 from stabletrain.nnip.stable_learning import energy_force_loss
+from stabletrain.nnip.systems import minimum_image
 from stabletrain.training.ema import average_decay, start_average, update_average
 from stabletrain.training.experiment import Batch, Evaluation, EvaluationContext, Metrics
 from stabletrain.training.stability import MonitorState, Policy, guarded_update, init_monitor
 
 Array = jax.Array
 CHUNK = 50
-NETWORKS: dict[str, type[SchNet] | type[PaiNN]] = {"schnet": SchNet, "painn": PaiNN}
+SCALING_FRAMES = 32
+"""Training frames that GemNet-T's scaling factors are measured on."""
 
 
 @struct.dataclass
@@ -57,9 +59,20 @@ def make_potential(config: NnipConfig, frames: LabelledFrames, train: np.ndarray
     1 A); the energy reference is the mean training energy, shared equally by the atoms."""
     mean = float(frames.energies[train].mean()) / frames.system.count
     rms = float(np.sqrt(np.mean(frames.forces[train] ** 2)))
-    network = NETWORKS[config.model](features=config.features, interactions=config.interactions, cutoff=config.cutoff)
+    around = Surroundings(frames.system.elements, average_neighbors(frames, train, config.cutoff))
+    network = NETWORKS[config.model](config, around)
     scale = EnergyScale(rms, dict.fromkeys(frames.system.elements, mean))
     return Potential(config.model, network, frames.system, config.cutoff, scale).fitted(frames.positions)
+
+
+def average_neighbors(frames: LabelledFrames, chosen: np.ndarray, cutoff: float) -> float:
+    """The mean number of neighbours of an atom within the cutoff, over the chosen frames; at least 1."""
+    first, second = all_pairs(frames.system.count)
+    pairs = 0
+    for x in frames.positions[chosen]:
+        vectors = minimum_image(x[second] - x[first], frames.system.cell)
+        pairs += int(np.sum(np.sum(vectors**2, axis=-1) < cutoff**2))
+    return max(1.0, 2 * pairs / (len(chosen) * frames.system.count))
 
 
 def structures_of(frames: LabelledFrames, chosen: np.ndarray, reference: float) -> Structures:
@@ -105,6 +118,11 @@ class NnipExperiment:
     def init(self, key: Array) -> NnipState:
         """Fresh parameters, or the base's."""
         params = self.potential.init(key)
+        if self._base_params is None and self.config.model == "gemnet-t":
+            from stabletrain.nnip.gemnet import fitted_scaling
+
+            frames = jnp.asarray(self.train.positions[:SCALING_FRAMES], jnp.float32)
+            params = fitted_scaling(self.potential, params, frames)
         if self._base_params is not None:
             params = jax.tree.map(lambda base, new: jnp.array(base, new.dtype, copy=True), self._base_params, params)
         best = Best(start_average(params), jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))

@@ -20,7 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from stabletrain.errors import ConfigError
-from stabletrain.nnip.pairs import Neighbors, Pairs, all_pairs, find_neighbors, pair_geometry
+from stabletrain.nnip.pairs import (
+    Neighbors,
+    Pairs,
+    all_arrivals,
+    all_pairs,
+    count_neighbors,
+    find_neighbors,
+    pair_geometry,
+)
 from stabletrain.nnip.systems import System, smallest_width
 
 Params = Any
@@ -46,9 +54,10 @@ class EnergyScale:
 class Potential:
     """The energy of one system as a function of parameters and positions. Pure, for jit, grad and vmap.
 
-    `network(species [N], pairs) -> [N]` is a Flax module. `capacity` is the room of the pair list; None looks at all
-    pairs. The methods take `neighbors` where a list is at hand and make their own otherwise; an energy from a list that
-    overflowed is NaN, never wrong: ask `neighbors(positions).overflow` and go on with `fitted(positions)`.
+    `network(species [N], pairs) -> [N]` is a Flax module; one with a true attribute `triplets` gets the pairs by atom
+    as well. `capacity` is the room of the pair list, `degree` that for the neighbours of an atom (triplets); None looks
+    at all pairs. The methods take `neighbors` where a list is at hand and make their own otherwise; an energy from a
+    list that overflowed is NaN, never wrong: ask `neighbors(positions).overflow` and go on with `fitted(positions)`.
     """
 
     name: str
@@ -57,6 +66,7 @@ class Potential:
     cutoff: float
     scale: EnergyScale
     capacity: int | None = None
+    degree: int | None = None
 
     def __post_init__(self) -> None:
         cell = self.system.cell
@@ -73,12 +83,33 @@ class Potential:
 
     # --- which pairs --------------------------------------------------------------------------------------------------
 
+    @property
+    def triplets(self) -> bool:
+        """Whether the network looks at triplets."""
+        return bool(getattr(self.network, "triplets", False))
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """What decides the shapes: nothing where all pairs are looked at, else `capacity`, and `degree` if there is."""
+        return tuple(size for size in (self.capacity, self.degree) if size is not None)
+
+    def with_room(self, room: tuple[int, ...]) -> Potential:
+        """The same potential with the `room` of another."""
+        sizes = [*room, None, None]
+        return dataclasses.replace(self, capacity=sizes[0], degree=sizes[1])
+
     @functools.cached_property
-    def _count_pairs(self) -> Any:
-        def count(positions: jax.Array) -> jax.Array:
-            return find_neighbors(positions, self.system.cell, cutoff=self.cutoff, capacity=1).count
+    def _count(self) -> Any:
+        def count(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return count_neighbors(positions, self.system.cell, self.cutoff)
 
         return jax.jit(jax.vmap(count))
+
+    def counts(self, positions: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs within the cutoff, and the most neighbours of an atom, of each of `positions` [..., N, 3]: [frames]."""
+        frames = np.asarray(positions).reshape(-1, self.system.count, 3)
+        found = [self._count(frames[i : i + 64]) for i in range(0, len(frames), 64)]
+        return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
 
     def fitted(self, positions: Any) -> Potential:
         """This potential with room for the pairs of all `positions` [..., N, 3] and a margin; never less than before.
@@ -87,41 +118,60 @@ class Potential:
         """
         if not self.system.periodic and self.system.count <= DENSE_ATOMS:
             return self
-        frames = np.asarray(positions).reshape(-1, self.system.count, 3)
-        most = max(int(self._count_pairs(frames[i : i + 64]).max()) for i in range(0, len(frames), 64))
-        every = self.system.count * (self.system.count - 1) // 2
-        needed = min(every, int(np.ceil(CAPACITY_MARGIN * most / 64)) * 64)
-        return dataclasses.replace(self, capacity=max(needed, self.capacity or 0))
+        pairs, degrees = self.counts(positions)
+        return self._with_at_least(CAPACITY_MARGIN * pairs.max(), CAPACITY_MARGIN * degrees.max())
+
+    def larger(self) -> Potential:
+        """This potential with a quarter more room, as far as there are pairs. Raises: `ValueError` without a list."""
+        if self.capacity is None:
+            raise ValueError("a potential that looks at all pairs has all the room that it needs")
+        return self._with_at_least(1.25 * self.capacity, 1.25 * (self.degree or 0))
+
+    def _with_at_least(self, capacity: float, degree: float) -> Potential:
+        """Room rounded up, to 64 pairs and 4 neighbours; not more than there can be, nor less than there was."""
+        count = self.system.count
+        pairs = min(count * (count - 1) // 2, int(np.ceil(capacity / 64)) * 64)
+        neighbors = min(count - 1, int(np.ceil(degree / 4)) * 4)
+        return dataclasses.replace(
+            self,
+            capacity=max(pairs, self.capacity or 0),
+            degree=max(neighbors, self.degree or 0) if self.triplets else None,
+        )
 
     def neighbors(self, positions: jax.Array) -> Neighbors:
         """The list of pairs at `positions` [N, 3]."""
         if self.capacity is None:
             first, second = all_pairs(self.system.count)
-            count = jnp.int32(len(first))
-            return Neighbors(
-                jnp.asarray(first), jnp.asarray(second), jnp.ones(len(first), bool), count, jnp.zeros((), bool)
-            )
-        return find_neighbors(positions, self.system.cell, cutoff=self.cutoff, capacity=self.capacity)
+            count, filled = jnp.int32(len(first)), jnp.ones(len(first), bool)
+            arrivals = all_arrivals(self.system.count) if self.triplets else None
+            return Neighbors(jnp.asarray(first), jnp.asarray(second), filled, count, jnp.zeros((), bool), arrivals)
+        return find_neighbors(
+            positions, self.system.cell, cutoff=self.cutoff, capacity=self.capacity, degree=self.degree
+        )
 
-    def _pairs(
-        self, positions: jax.Array, neighbors: Neighbors | None, strain: jax.Array | None
+    def pairs(
+        self, positions: jax.Array, neighbors: Neighbors | None = None, strain: jax.Array | None = None
     ) -> tuple[Pairs, jax.Array | None]:
-        first: Any
-        second: Any
+        """What the network sees at `positions` [N, 3]; and whether the list overflowed, None where there is none."""
+        cell = self.system.cell
         if neighbors is None and self.capacity is None:
-            first, second = all_pairs(self.system.count)
-            filled, overflow = None, None
-        else:
-            listed = self.neighbors(positions) if neighbors is None else neighbors
-            first, second, filled, overflow = listed.first, listed.second, listed.filled, listed.overflow
-        pairs = pair_geometry(positions, first, second, filled, self.system.cell, self.cutoff, strain)
-        return pairs, overflow
+            first, second = (jnp.asarray(ends) for ends in all_pairs(self.system.count))
+            arrivals = all_arrivals(self.system.count) if self.triplets else None
+            return pair_geometry(positions, first, second, None, cell, self.cutoff, strain, arrivals), None
+        listed = self.neighbors(positions) if neighbors is None else neighbors
+        pairs = pair_geometry(
+            positions, listed.first, listed.second, listed.filled, cell, self.cutoff, strain, listed.arrivals
+        )
+        return pairs, listed.overflow
 
     # --- energies -----------------------------------------------------------------------------------------------------
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters; they do not depend on any position."""
-        pairs = pair_geometry(jnp.zeros((2, 3)), jnp.array([0]), jnp.array([1]), None, None, self.cutoff)
+        arrivals = all_arrivals(2) if self.triplets else None
+        pairs = pair_geometry(
+            jnp.zeros((2, 3)), jnp.array([0]), jnp.array([1]), None, None, self.cutoff, arrivals=arrivals
+        )
         return self.network.init({"params": key}, jnp.asarray(self.system.species[[0, -1]]), pairs)["params"]
 
     def energy_per_atom(
@@ -132,7 +182,7 @@ class Potential:
         strain: jax.Array | None = None,
     ) -> jax.Array:
         """Atomic energies [N] in eV without the reference, at `positions` [N, 3]."""
-        pairs, overflow = self._pairs(positions, neighbors, strain)
+        pairs, overflow = self.pairs(positions, neighbors, strain)
         energies: Any = self.network.apply({"params": params}, jnp.asarray(self.system.species), pairs)
         energies = self.scale.scale * energies
         return energies if overflow is None else jnp.where(overflow, jnp.nan, energies)

@@ -110,7 +110,7 @@ class StableState:
     unstable: Array  # bool [R]: in the last window
     progress: ProgressArrays
     updates: Array  # int32 []: learning steps so far
-    capacity: Array  # int32 []: room of the neighbour list; 0 without one
+    capacity: Array  # int32 []: room of the neighbour list; 0 without one; with triplets [2], see Potential.room
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class StableExperiment:
         self._judge = jax.jit(lambda frames: jnp.any(self._criteria.unstable(frames), axis=1))
         self._loss = loss
         self._structures = train.tree()
-        self._programs: dict[tuple[str, int], Any] = {}
+        self._programs: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._prepare_observable()
 
     @property
@@ -277,12 +277,13 @@ class StableExperiment:
             unstable=~jnp.copy(swarm.alive),
             progress=stored(Progress()),
             updates=jnp.zeros((), jnp.int32),
-            capacity=jnp.asarray(self._capacity, jnp.int32),
+            capacity=self._stored_room,
         )
 
     @property
-    def _capacity(self) -> int:
-        return self.potential.capacity or 0
+    def _stored_room(self) -> Array:
+        room = self.potential.room
+        return jnp.asarray(room if len(room) > 1 else (*room, 0)[0], jnp.int32)
 
     def _optimizer(self, rate: Any) -> optax.GradientTransformation:
         """Plain gradient descent after clipping: stateless, so each cycle's optimiser is a fresh one."""
@@ -301,7 +302,7 @@ class StableExperiment:
     def step(self, state: StableState, batch: Batch) -> tuple[StableState, Metrics]:
         """One window, and in a learning phase one update."""
         key = jax.random.fold_in(self._key, batch["position"])
-        self._make_room(int(state.capacity))
+        self._make_room(tuple(size for size in np.atleast_1d(state.capacity).tolist() if size))
         unstable = np.asarray(state.unstable)
         progress, plan = begin(self.schedule, loaded(state.progress), unstable)
         start, restarted = self._placed(state, plan, key)
@@ -324,14 +325,14 @@ class StableExperiment:
             history=jax.tree.map(lambda ring, x: ring.at[place].set(x), state.history, start),
             windows=state.windows + 1,
             progress=stored(progress),
-            capacity=jnp.asarray(self._capacity, jnp.int32),
+            capacity=self._stored_room,
         )
         return new, metrics | self._flags(plan, verdict, new, unstable)
 
-    def _make_room(self, capacity: int) -> None:
+    def _make_room(self, room: tuple[int, ...]) -> None:
         """The neighbour list as long as it was when the state was saved: another length is another program."""
-        if capacity and self._capacity != capacity:
-            larger = dataclasses.replace(self.potential, capacity=capacity)
+        if room and self.potential.room != room:
+            larger = self.potential.with_room(room)
             self._simulator = Simulator(self.system, self.conditions, potential=larger)
 
     def _placed(self, state: StableState, plan: Plan, key: Array) -> tuple[Swarm, int]:
@@ -358,7 +359,7 @@ class StableExperiment:
     def _compiled(self, name: str, function: Any) -> Any:
         """A compiled function by name, made again when the neighbour list's room has changed."""
         known = self._programs
-        place = name, self._capacity
+        place = name, self.potential.room
         if place not in known:
             known[place] = jax.jit(function)
         return known[place]
