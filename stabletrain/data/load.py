@@ -90,6 +90,37 @@ def limit_training(dataset: Dataset, count: int) -> Dataset:
     return replace(dataset, spec=replace(dataset.spec, fingerprint=fingerprint, train_count=count), train=train)
 
 
+def limit_classes(dataset: Dataset, count: int) -> Dataset:
+    """The data set with its first `count` classes only, in both splits; 0 leaves it as it is.
+
+    The fingerprint is another one. Raises: `ConfigError` when there are not so many classes, or no labels.
+    """
+    total = dataset.spec.num_classes
+    if count == 0:
+        return dataset
+    if not 2 <= count <= total:
+        raise ConfigError(f"class_limit is {count}, and {dataset.name} has {total} classes: use 2 to {total}")
+    chosen = [np.flatnonzero(_labels_of(split) < count) for split in (dataset.train, dataset.test)]
+    train, test = (
+        Split(SubsetSource(split.images, index), _labels_of(split)[index])
+        for split, index in zip((dataset.train, dataset.test), chosen)
+    )
+    kept = [(f"{dataset.spec.fingerprint} first classes {name}", at) for name, at in zip(("train", "test"), chosen)]
+    spec = replace(
+        dataset.spec,
+        fingerprint=fingerprints.of_arrays(kept),
+        num_classes=count,
+        class_names=dataset.spec.class_names[:count],
+        train_count=len(train),
+        test_count=len(test),
+    )
+    return replace(dataset, spec=spec, train=train, test=test)
+
+
+def _labels_of(split: Split) -> np.ndarray:
+    return np.zeros(0, np.int32) if split.labels is None else split.labels
+
+
 def _from_user(name: str, path: Path, image_size: int | None) -> Dataset:
     if not path.exists():
         raise DataError(f"no data at {path}: --data takes {TAKEN}")

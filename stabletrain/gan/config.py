@@ -39,6 +39,7 @@ class GanConfig(ScoreConfig):
     train_limit: int = option(
         0, "Train on this many of the training images, always the same ones; 0: on all.", panel="Data", minimum=0
     )
+    class_limit: int = option(0, "Only the first so many classes of the data; 0: all of them.", panel="Data", minimum=0)
     horizontal_flip: bool | None = option(None, "Mirror training images at random; chosen by data set.", panel="Data")
     dequantize: bool | None = option(None, "Add uniform noise of one grey level to training images.", panel="Data")
 

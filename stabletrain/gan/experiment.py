@@ -45,6 +45,8 @@ from stabletrain.training.stability import Policy, guarded_update, init_monitor,
 Array = jax.Array
 GENERATOR, CRITIC = "generator/", "critic/"
 """Prefixes of the two networks' metrics."""
+SEED = "seed"
+"""Name of the run's random key (as plain numbers) among the resident arrays."""
 SPREAD_SAMPLES = 64
 """Real samples a class at most that its spread is measured on."""
 
@@ -100,10 +102,11 @@ class GanExperiment:
             sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) for tree in shapes
         )
         self.parameter_count = self.generator_parameters + self.critic_parameters
-        self._key = jax.random.key(config.seed)
-        self.resident: dict[str, Any] = {}
+        # An argument of the program like the data, not a constant inside it: all seeds share one compiled program.
+        self.resident: dict[str, Any] = {SEED: jax.random.key_data(jax.random.key(config.seed))}
         if self._has_data:
-            self.resident = jax.device_put(dict(self.domain.resident), replicated(mesh))
+            self.resident |= self.domain.resident
+        self.resident = jax.device_put(self.resident, replicated(mesh))
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -151,7 +154,7 @@ class GanExperiment:
         """`d_steps` updates of the discriminator and one of the generator."""
         position = batch["position"]
         steps = filled(self.config.d_steps)
-        key = jax.random.fold_in(self._key, position)
+        key = jax.random.fold_in(jax.random.wrap_key_data(batch[SEED]), position)
         resident = {name: batch[name] for name in self.resident}
         inner = {name: value for name, value in batch.items() if name not in resident and name != "position"}
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stabletrain.data.images import encode_png, image_grid, to_float, to_uint8
-from stabletrain.data.load import limit_training, load_dataset
+from stabletrain.data.load import limit_classes, limit_training, load_dataset
 from stabletrain.data.order import batch_indices
 from stabletrain.data.spec import Dataset, DataSpec, Split
 from stabletrain.errors import ConfigError, DataError
@@ -47,7 +47,7 @@ class ImageDomain:
         self.dataset: Dataset | None = None
         if data_spec is None:
             loaded = load_dataset(config.dataset, data=config.data, image_size=config.image_size or None)
-            self.dataset = limit_training(loaded, config.train_limit)
+            self.dataset = limit_training(limit_classes(loaded, config.class_limit), config.train_limit)
             data_spec = self.dataset.spec
         self.data_spec = data_spec
         self.sample_shape = (data_spec.image_size, data_spec.image_size, data_spec.channels)

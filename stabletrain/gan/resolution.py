@@ -197,6 +197,7 @@ def _augmentation_problems(config: GanConfig) -> Iterator[str]:
         "horizontal_flip": config.horizontal_flip,
         "dequantize": config.dequantize,
         "train_limit": config.train_limit,
+        "class_limit": config.class_limit,
     }
     for name in (
         *(n for n, on in flipped.items() if on),

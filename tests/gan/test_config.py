@@ -32,6 +32,7 @@ NONSENSE = [
     ({"one_sided": True}, "--one-sided needs --gradient-penalty"),
     ({"clip_kernels_only": True}, "--clip-kernels-only needs --weight-clip"),
     ({"dataset": "swissroll", "method": "wgan-gp", "train_limit": 9}, "--train-limit is of images"),
+    ({"dataset": "swissroll", "method": "wgan-gp", "class_limit": 3}, "--class-limit is of images"),
     ({"r1_every": 4}, "--r1-every needs --r1-weight"),
     ({"lecam_start": 10}, "--lecam-start needs --lecam"),
     ({"zcr_radius": 0.1}, "--zcr-radius needs --zcr-discriminator or --zcr-generator"),

@@ -73,11 +73,13 @@ def test_every_part_trains(part):
 
 
 def test_adaptive_probability_moves_by_its_step_and_is_remembered():
-    experiment = tiny(method="reacgan-ada", augment_interval=2, augment_images=0.16, augment_target=-1.0)
+    """By the images seen: the released code counts steps, and moves once for each update in such a step."""
+    experiment = tiny(method="reacgan-ada", d_steps=2, augment_interval=4, augment_images=0.32, augment_target=-1.0)
     state, rows = run(experiment, [6], 6)
-    # Target -1: the sign of real scores is above it, so that each interval of 2 * 8 images adds 16 / 160.
+    # Target -1: the sign of real scores is above it, so that each interval of 4 * 8 images, two steps, adds 32 / 320.
+    # A row has the mean over a step's two updates, of which the second moves.
     found = [row["train/augment_probability"] for row in rows]
-    np.testing.assert_allclose(found, [0, 0.1, 0.1, 0.2, 0.2, 0.3], atol=1e-6)
+    np.testing.assert_allclose(found, [0, 0.05, 0.1, 0.15, 0.2, 0.25], atol=1e-6)
     assert float(state.augment[0]) == pytest.approx(0.3)
 
 
@@ -140,6 +142,16 @@ def test_unrolled_and_scanned_updates_agree(monkeypatch):
     monkeypatch.setattr(unrolled, "_unrolled", True)
     for a, b in zip(leaves(run(scanned, [2], 2)[0]), leaves(run(unrolled, [2], 2)[0])):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # two programs of the same sums, float32
+
+
+def test_all_seeds_share_one_compiled_step():
+    """A study of five seeds compiles once, from the cache on the disk: the run's key is an argument."""
+    texts = []
+    for seed in (0, 1):
+        experiment = tiny(seed=seed)
+        batch = {**experiment.batch(0), **experiment.resident}
+        texts.append(jax.jit(experiment.step).lower(abstract_state(experiment), batch).as_text())
+    assert texts[0] == texts[1]
 
 
 def test_state_is_described_without_making_it():

@@ -95,7 +95,7 @@ def our_step(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray
     state = state.replace(generator=started(state.generator, "generator"), critic=started(state.critic, "critic"))
     start = {"params": state.generator.params, **state.generator.statistics}
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start))
-    batch = {"images": given["real"], "labels": given["real_labels"], "position": jnp.uint32(0)}
+    batch = {"images": given["real"], "labels": given["real_labels"], "position": jnp.uint32(0), **experiment.resident}
     experiment._unrolled = False  # the five updates as a loop, which compiles once
     # Without optimisation, which takes longer than the few numbers do.
     step = jax.jit(experiment.step, compiler_options={"xla_backend_optimization_level": "0"})
