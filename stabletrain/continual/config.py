@@ -198,6 +198,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
 FORWARD_OPTIONS = ("orthogonality_weight", "orthogonality_layers", "orthogonality_when")
 SCALED = ("spcl", "spcl-released", "aligned-mtl")
 LEARNED = ("uw", "gradnorm")
+ELEMENTWISE = ("graddrop", "graddrop-released")
 
 
 def _given(value: Any) -> bool:
@@ -275,8 +276,8 @@ def _method_problems(config: ContinualConfig, whole: ContinualConfig) -> Iterato
         yield f"--scale-floor does nothing with --aggregator {rule}: it belongs to {', '.join(SCALED)}"
     if config.scale_floor and config.aggregator_scale == "none":
         yield "--scale-floor does nothing with --aggregator-scale none"
-    if config.gram_precision == "float64" and (config.gradient_memory == "low" or rule == "graddrop"):
-        why = "--aggregator graddrop" if rule == "graddrop" else "--gradient-memory low, whose products are float32"
+    if config.gram_precision == "float64" and (config.gradient_memory == "low" or rule in ELEMENTWISE):
+        why = f"--aggregator {rule}" if rule in ELEMENTWISE else "--gradient-memory low, whose products are float32"
         yield f"--gram-precision float64 does nothing with {why}"
     if config.weight_rate is not None and rule not in LEARNED:
         yield f"--weight-rate does nothing with --aggregator {rule}: it belongs to {' and '.join(LEARNED)}"

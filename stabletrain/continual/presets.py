@@ -21,7 +21,8 @@ BUFFER_NAMES = (*AT_TASK_END, *FROM_STREAM)
 AGGREGATOR_NAMES = (
     "sum", "mean", "norm", "mgda", "nmgda", "pcgrad", "gradvac", "cagrad", "imtl-g", "aligned-mtl", "upgrad",
     "dualproj", "config", "rlw", "dwa", "nash-mtl", "graddrop", "uw", "gradnorm", "maxdo", "emgd", "spcl",
-    "spcl-released",
+    "spcl-released", "pcgrad-released", "graddrop-released", "imtl-g-released", "rlw-released", "dwa-released",
+    "maxdo-released",
 )  # fmt: skip
 """`stabletrain.continual.aggregators.gram_weights.AGGREGATORS` by name: the memory is one task more."""
 
@@ -59,6 +60,12 @@ _MTL = {
     "gradnorm": "GradNorm: learned weights that balance the lengths of the gradients (Chen et al. 2018).",
     "maxdo": "MaxDO: the least largest asymmetric distance to a task's gradient (Lyu et al. 2023).",
     "emgd": "EMGD: shortest combination with elastic factors (Lyu et al. 2024), without its memory editing.",
+    "pcgrad-released": "PCGrad as in the code released with SPCL: one other gradient, drawn, and the mean.",
+    "graddrop-released": "GradDrop as in the code released with SPCL: elements of the sum's sign, nothing drawn.",
+    "imtl-g-released": "IMTL-G as in the code released with SPCL: from the second gradient, with a softmax.",
+    "rlw-released": "Random weights as in the code released with SPCL: of uniform numbers, their sum 1.",
+    "dwa-released": "DWA as in the code released with SPCL: weights from the mean of past losses.",
+    "maxdo-released": "MaxDO's predecessor in the code released with SPCL: five steps on a mean distance, and MGDA.",
 }  # fmt: skip
 
 _FORWARD = {"orthogonality": "dbt", "orthogonality_weight": 1e-3}

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stabletrain.continual.aggregators import learned_weights, simplex
+from stabletrain.continual.aggregators import learned_weights, released, simplex
 from stabletrain.continual.aggregators.elementwise import GRADDROP, ElementwiseAggregator
 from stabletrain.continual.aggregators.masked import cosines, mean_weights, normalized, norms, over
 from stabletrain.methods import spcl
@@ -319,5 +319,11 @@ AGGREGATORS: dict[str, Aggregator | ElementwiseAggregator] = {
     "emgd": Aggregator(lambda width: {"length": jnp.zeros(width)}, simplex.emgd),
     "spcl": _spcl(),
     "spcl-released": _spcl_released(),
+    "pcgrad-released": Aggregator(_nothing, released.pcgrad),
+    "graddrop-released": released.GRADDROP,
+    "imtl-g-released": _plain(released.imtl_g),
+    "rlw-released": Aggregator(_nothing, released.rlw),
+    "dwa-released": Aggregator(released.dwa_state, released.dwa, needs_losses=True),
+    "maxdo-released": _plain(released.maxdo),
 }
 """Aggregators by name, with their papers' settings; `make_aggregator` for others."""
