@@ -71,7 +71,7 @@ def compare(
     sections = [_what_differs(comparison), _how_they_ended(comparison), _scores(comparison)]
     sections += [_speeds(name, found) for name, found in speeds.items()]
     sections += [f"note: {warning}" for warning in comparison.warnings]
-    sections += [str(path) for path in files]
+    sections.append("\n".join(str(path) for path in files))
     print("\n\n".join(section for section in sections if section))
     return EXIT_OK
 

@@ -83,9 +83,10 @@ def study_report(name: str, runs: Sequence[RunData]) -> str:
     """The page about several runs: groups by configuration, paired differences, curves with bands."""
     comparison = compare(runs)
     lines: dict[str, Sequence[RunData]] = {group.label: group.runs for group in comparison.groups}
-    metrics = sorted({metric for run in runs for metric in run.metric_names()})
+    metrics = sorted({metric for run in runs for metric in run.metric_names()}, key=_natural)
+    counted = "one group" if len(comparison.groups) == 1 else f"{len(comparison.groups)} groups"
     body = [
-        _header(name, f"{len(runs)} runs in {len(comparison.groups)} groups, seeds {_ranges(comparison.seeds)}"),
+        _header(name, f"{len(runs)} runs in {counted}, seeds {_ranges(comparison.seeds)}"),
         "".join(f'<p class="warn">{_text(warning)}</p>' for warning in comparison.warnings),
         _section("What differs", _differences(comparison)),
         _section("How they ended", _endings(comparison.groups)),
@@ -220,7 +221,7 @@ def _events(run: RunData) -> str:
 
 
 def _samples(run: RunData) -> str:
-    pictures = sorted((run.path / "samples").glob("*.png"), key=_natural)
+    pictures = sorted((run.path / "samples").glob("*.png"), key=lambda path: _natural(path.name))
     if not pictures:
         return ""
     keep = pictures if len(pictures) <= MAX_IMAGES else [*pictures[:1], *pictures[-(MAX_IMAGES - 1) :]]
@@ -229,14 +230,15 @@ def _samples(run: RunData) -> str:
 
 def _last_sample(group: Group) -> str:
     for run in group.runs:
-        pictures = sorted((run.path / "samples").glob("*.png"), key=_natural)
+        pictures = sorted((run.path / "samples").glob("*.png"), key=lambda path: _natural(path.name))
         if pictures:
             return _picture(pictures[-1], f"{group.label}, seed {run.seed}, {pictures[-1].stem}")
     return ""
 
 
-def _natural(path: Path) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+def _natural(name: str) -> list[Any]:
+    """A key by which skip_2 comes before skip_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _picture(path: Path, label: str) -> str:
