@@ -25,10 +25,11 @@ from scipy import stats
 from stabletrain.nnip.criteria import Criteria, frames_before_failure
 from stabletrain.nnip.dynamics import Forces, Frames, Params, Swarm, degrees_of_freedom, make_window, start_swarm
 from stabletrain.nnip.integrators import make_integrator, temperature_of
-from stabletrain.nnip.observables import StaticObservable, mean_curve, noise_floor
+from stabletrain.nnip.observables import ObservableError, StaticObservable, mean_curve, noise_floor
 from stabletrain.nnip.potential import Potential
 from stabletrain.nnip.stable_options import StableOptions
 from stabletrain.nnip.systems import System
+from stabletrain.nnip.time_observables import Diffusion, ReferenceTrajectory, TimeObservable
 
 CONFIDENCE = 0.95
 FS_PER_PS = 1000.0
@@ -213,18 +214,6 @@ def order_statistics(count: int, confidence: float = CONFIDENCE) -> tuple[int, i
 
 
 @dataclass(frozen=True)
-class ObservableError:
-    """How far an observable of the stable frames is from its reference."""
-
-    error: float
-    """The integral of the difference; not a number where no frame was stable."""
-    noise_floor: float
-    """That of as many independent reference frames as there were stable replicas' independent ones: see `benchmark`."""
-    curve: np.ndarray  # [D]
-    reference: np.ndarray  # [D]
-
-
-@dataclass(frozen=True)
 class BenchmarkResult:
     """What a benchmark found."""
 
@@ -232,6 +221,7 @@ class BenchmarkResult:
     observables: Mapping[str, ObservableError]
     temperature: float  # K, mean over the stable frames
     frozen: int  # replicas that were not finite or blew up
+    diffusion: Diffusion | None = None
 
     def scalars(self) -> dict[str, float]:
         """By name: shares, times in ps, errors. Infinite medians are given as the length of the benchmark."""
@@ -247,7 +237,12 @@ class BenchmarkResult:
             "mean_temperature": self.temperature,
             **{f"{slug(name)}_error": found.error for name, found in self.observables.items()},
             **{f"{slug(name)}_noise_floor": found.noise_floor for name, found in self.observables.items()},
-        }
+            **({} if self.diffusion is None else {
+                "diffusivity": self.diffusion.simulated,
+                "diffusivity_reference": self.diffusion.reference,
+                "diffusivity_noise_floor": self.diffusion.noise_floor,
+            }),
+        }  # fmt: skip
 
 
 def slug(name: str) -> str:
@@ -265,19 +260,25 @@ def benchmark(
     *,
     length: float,
     key: jax.Array,
+    reference_weights: np.ndarray | None = None,
+    trajectory: ReferenceTrajectory | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
     on_frames: Callable[[Frames, np.ndarray], None] = lambda frames, stable: None,
 ) -> BenchmarkResult:
     """Runs replicas from `starts` [R, n, 3] for at least `length` ps, in whole windows, or until none is stable.
 
     Observables are averaged over the frames of each replica before its failure, and compared with the mean over
-    `reference_frames` [N, n, 3]. Their noise floor is that of as many reference frames as there were replicas, or
-    picoseconds where those are more: frames of one replica that are nearer are taken to say the same.
+    `reference_frames` [N, n, 3] (weighted by `reference_weights` [N] where those are of another temperature). With a
+    reference `trajectory` also observables in time, of segments of the stable frames. Their noise floor is that of as
+    many reference frames as there were replicas, or picoseconds where those are more: frames of one replica that are
+    nearer are taken to say the same.
     `tick(windows done, of)` may raise to stop; `on_frames(frames, stable bool [R, F])` gets every window's.
     """
     conditions = simulator.conditions
     windows = max(1, int(np.ceil(length * FS_PER_PS / (conditions.timestep * conditions.window) - 1e-9)))
     per_window = conditions.window // conditions.frame_every
+    if trajectory is not None:
+        trajectory.check(windows * per_window, conditions.frame_time)
     masses, freedom = jnp.asarray(simulator.system.masses, jnp.float32), conditions.freedom(simulator.system)
     judge = jax.jit(criteria.unstable)
     sums = {o.name: np.zeros(len(o.grid)) for o in observables}
@@ -286,6 +287,7 @@ def benchmark(
     swarm = simulator.start(params, starts, jax.random.fold_in(key, 0))
     count = len(starts)
     going, stable_frames, heat = np.ones(count, bool), np.zeros(count, int), 0.0
+    followed: list[list[np.ndarray]] = [[] for _ in range(count)]
     for number in range(windows):
         tick(number, windows)
         if not going.any():
@@ -297,6 +299,10 @@ def benchmark(
             sums[name] += np.asarray(of_frames(frames.position, jnp.asarray(stable)), float)
         heat += float(np.sum(np.asarray(temperature_of(frames.velocity, masses, freedom)), where=stable))
         on_frames(frames, stable)
+        if trajectory is not None:
+            positions = np.asarray(frames.position)
+            for r in range(count):
+                followed[r].append(positions[r, : before[r]])
         stable_frames += before
         going &= before == per_window
     tick(windows, windows)
@@ -310,11 +316,16 @@ def benchmark(
     errors = {}
     for o in observables:
         by_frame = np.asarray(o.of_frames(jnp.asarray(reference_frames, jnp.float32)), float)
-        reference = by_frame.mean(axis=0)
+        reference = np.average(by_frame, axis=0, weights=reference_weights)
         curve = sums[o.name] / total if total else np.full(len(o.grid), np.nan)
-        floor = noise_floor(o, by_frame, independent)
+        floor = noise_floor(o, by_frame, independent, weights=reference_weights)
         errors[o.name] = ObservableError(o.error(curve, reference), floor, curve, reference)
-    return BenchmarkResult(survival, errors, heat / total if total else float("nan"), int(np.sum(~swarm.alive)))
+    diffusion = None
+    if trajectory is not None:
+        in_time, diffusion = trajectory.compare([np.concatenate(parts) for parts in followed], conditions.frame_time)
+        errors |= in_time
+    temperature = heat / total if total else float("nan")
+    return BenchmarkResult(survival, errors, temperature, int(np.sum(~swarm.alive)), diffusion)
 
 
 def _sum_of_stable(observable: StaticObservable, positions: jax.Array, stable: jax.Array) -> jax.Array:
@@ -341,7 +352,7 @@ def survival_figure(results: Mapping[str, Survival], *, title: str = "") -> byte
     return _png(figure)
 
 
-def observable_figure(observable: StaticObservable, curves: Mapping[str, np.ndarray]) -> bytes:
+def observable_figure(observable: StaticObservable | TimeObservable, curves: Mapping[str, np.ndarray]) -> bytes:
     """Curves of one observable over its grid, as PNG: label -> [D]."""
     figure, axes = _figure()
     for label, curve in curves.items():

@@ -174,6 +174,36 @@ class Criteria:
         return violated
 
 
+def reference_extremes(criteria: Criteria, positions: np.ndarray, *, window: int = 1) -> dict[str, float]:
+    """What the reference's own frames [N, n, 3] reach of each active criterion: a threshold within is of no use.
+
+    The largest bond deviation and the smallest distance between molecules of any frame; the largest RDF error of
+    `window` consecutive frames; for the temperature the mean plus four standard deviations of a canonical sample,
+    1 + 4 sqrt(2 / f). The energy of NVE does not drift: 0.
+    """
+    system, wanted = criteria.system, criteria.thresholds.active
+    frames = jnp.asarray(positions, jnp.float32)
+    found: dict[str, float] = {}
+    if "bond_deviation" in wanted:
+        found["bond_deviation"] = float(jnp.max(bond_deviation(system, frames, criteria.reference.bond_lengths)))
+    if "intermolecular_distance" in wanted:
+        found["intermolecular_distance"] = float(jnp.min(intermolecular_distance(system, frames)))
+    if "rdf_error" in wanted:
+        window = min(window, len(positions))
+        errors = []
+        for rdf in criteria.rdfs:
+            curves = np.asarray(rdf.of_frames(frames))
+            usable = len(curves) // window * window
+            means = curves[:usable].reshape(-1, window, curves.shape[1]).mean(axis=1)
+            errors += [rdf.error(mean, criteria.reference.rdfs[rdf.name]) for mean in means]
+        found["rdf_error"] = max(errors)
+    if "temperature_factor" in wanted:
+        found["temperature_factor"] = 1 + 4 * float(np.sqrt(2 / criteria.degrees_of_freedom))
+    if "energy_drift" in wanted:
+        found["energy_drift"] = 0.0
+    return found
+
+
 def frames_before_failure(unstable: jax.Array) -> jax.Array:
     """How many frames of each replica come before its first unstable one: bool [R, F] -> int32 [R]."""
     return jnp.sum(jnp.cumsum(unstable, axis=1) == 0, axis=1).astype(jnp.int32)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,18 @@ def mean_curve(curves: jax.Array, valid: jax.Array | None = None, weights: jax.A
         kept = jnp.where(valid, kept, 0)
         curves = jnp.where(valid[:, None], curves, 0)
     return kept @ curves / jnp.sum(kept)
+
+
+@dataclass(frozen=True)
+class ObservableError:
+    """How far an observable of a simulation is from its reference."""
+
+    error: float
+    """The integral of the difference; not a number where no frame was stable."""
+    noise_floor: float
+    """That of as much of the reference as there was of the simulation; who compares says how that is counted."""
+    curve: np.ndarray  # [D]
+    reference: np.ndarray  # [D]
 
 
 # --- distributions ----------------------------------------------------------------------------------------------------
@@ -213,15 +226,16 @@ def velocity_autocorrelation(velocities: np.ndarray, lags: int) -> np.ndarray:
     return products / products[0]
 
 
-def mean_square_displacement(positions: np.ndarray, masses: np.ndarray, lags: int) -> np.ndarray:
+def mean_square_displacement(positions: np.ndarray, masses: np.ndarray | None, lags: int) -> np.ndarray:
     """<|r(t) - r(0)|^2> over atoms, replicas and time origins, in A^2: unwrapped [R, F, n, 3] -> float64 [lags].
 
     The motion of the centre of mass, of all atoms by `masses` [n], is taken out. To follow some of the atoms only,
-    take it out before and give those alone. Raises: `ValueError` for more lags than frames.
+    take it out before and give those alone, with None. Raises: `ValueError` for more lags than frames.
     """
     r = np.asarray(positions, np.float64)
     frames = _frames_for(r, lags)
-    r = r - np.einsum("n,rfnd->rfd", masses / np.sum(masses), r)[:, :, None]
+    if masses is not None:
+        r = r - np.einsum("n,rfnd->rfd", masses / np.sum(masses), r)[:, :, None]
     return np.stack([3 * np.mean((r[:, lag:] - r[:, : frames - lag]) ** 2) for lag in range(lags)])
 
 
@@ -259,18 +273,45 @@ def temperature_weights(energies: np.ndarray, sampled: float, wanted: float) -> 
     return weights / weights.sum()
 
 
-def noise_floor(
-    observable: StaticObservable, curves: np.ndarray, count: int, *, draws: int = 20, seed: int = 0
-) -> float:
-    """The mean error of a sample of `count` reference frames against all the others: [N, D] curves by frame.
+class Comparable(Protocol):
+    """What says how far two curves are apart."""
 
-    What a perfect simulation of `count` independent frames would score. A sample is at most half of the frames.
+    def error(self, curve: np.ndarray, reference: np.ndarray) -> float:
+        """Of curves [D]."""
+
+
+def noise_floor(
+    observable: Comparable,
+    curves: np.ndarray,
+    count: int,
+    *,
+    weights: np.ndarray | None = None,
+    draws: int = 20,
+    seed: int = 0,
+) -> float:
+    """The mean error of a sample of `count` of the reference's against all the others: curves by frame [N, D].
+
+    What a perfect simulation of `count` independent frames would score. A sample is at most half of the frames. With
+    `weights` [N] (frames of another temperature) samples are drawn by them, and the others count by them: at most half
+    of the effective sample size. Not a number for fewer than two curves.
     """
     curves = np.asarray(curves, float)
-    total, taken = curves.sum(axis=0), min(count, len(curves) // 2)
+    if len(curves) < 2:
+        return float("nan")
     rng = np.random.default_rng(seed)
-    errors = []
+    total, errors = curves.sum(axis=0), []
+    if weights is None:
+        taken = min(count, len(curves) // 2)
+    else:
+        effective = 1 / np.sum((weights / np.sum(weights)) ** 2)
+        taken = max(1, min(count, int(effective) // 2))
     for _ in range(draws):
-        part = curves[rng.choice(len(curves), taken, replace=False)].sum(axis=0)
-        errors.append(observable.error(part / taken, (total - part) / (len(curves) - taken)))
+        if weights is None:
+            part = curves[rng.choice(len(curves), taken, replace=False)].sum(axis=0)
+            errors.append(observable.error(part / taken, (total - part) / (len(curves) - taken)))
+        else:
+            chosen = rng.choice(len(curves), taken, p=weights / np.sum(weights))
+            others = np.delete(np.arange(len(curves)), chosen)
+            rest = weights[others] @ curves[others] / max(np.sum(weights[others]), np.finfo(float).tiny)
+            errors.append(observable.error(curves[chosen].mean(axis=0), rest))
     return float(np.mean(errors))
