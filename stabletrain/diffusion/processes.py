@@ -251,7 +251,7 @@ class DDPM:
 
     def _network_times(self, times: Array) -> Array:
         first = 1 if self.schedule == "scaled-linear" else 0
-        return (times.astype(jnp.float32) + first) * (1000 / self.count)
+        return (times.astype(jax.dtypes.canonicalize_dtype(np.float64)) + first) * (1000 / self.count)
 
     def estimate(self, network: Network, noisy: Array, times: Array) -> Estimate:
         return _noise_estimate(self, self._network_times(times), network, noisy, times)

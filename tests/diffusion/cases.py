@@ -110,3 +110,31 @@ def training_inputs(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     labels = np.arange(TRAINING_BATCH) * 3 % 10 + (step == 1)  # 10 is "none"
     times = (np.arange(TRAINING_BATCH) + 0.5 + 0.09 * step) / TRAINING_BATCH
     return wave(f"clean {step}", shape), labels, times, 1.4 * wave(f"noise {step}", shape)
+
+
+# --- trajectories -----------------------------------------------------------------------------------------------------
+
+TRAJECTORY_CASES: dict[str, Case] = {
+    "uvit": {
+        "image_size": 4, "channels": 2, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "num_classes": 0,
+        "skip_scaling": "cs", "kappa": 0.5,
+    },
+    "texts": {
+        "image_size": 4, "channels": 2, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "num_classes": 0,
+        "skip_scaling": "ls", "context_shape": (3, 4),
+    },
+    "variance": {
+        "image_channels": 2, "channels": 8, "multipliers": (1,), "blocks": 1, "attention_resolutions": (), "heads": 1,
+        "num_classes": 0, "style": STYLES["iddpm"], "learned_variance": True, "skip_scaling": "cs",
+    },
+}  # fmt: skip
+TRAJECTORY_NETWORKS: dict[str, UViT | UNet] = {
+    name: (UNet if name == "variance" else UViT)(**case) for name, case in TRAJECTORY_CASES.items()
+}
+
+
+def trajectory_inputs(steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A start [2, 4, 4, 2], the noise of each evaluation [steps, 2, 4, 4, 2], texts [2, 3, 4] and the empty one."""
+    shape = (2, 4, 4, 2)
+    start, noise = 1.4 * wave("start", shape), 1.4 * wave("fresh", (steps, *shape))
+    return start, noise, wave("texts", (2, 3, 4)), wave("empty", (3, 4))

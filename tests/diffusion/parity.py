@@ -1,14 +1,32 @@
-"""What both parity tests do: run a case in float64 and compare with the fixture or with PyTorch itself."""
+"""What the parity tests do: run a case in float64 and compare with the fixture or with PyTorch itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.diffusion.cases import UNET_CASES, UVIT_CASES, case_inputs, network_of, shapes_of
+from stabletrain.diffusion import samplers
+from stabletrain.diffusion.guidance import guided
+from stabletrain.diffusion.learned_variance import LearnedVarianceDDPM
+from stabletrain.diffusion.processes import PROCESSES
+from tests.diffusion.cases import (
+    TRAINING_STEPS,
+    TRAJECTORY_NETWORKS,
+    UNET_CASES,
+    UVIT_CASES,
+    case_inputs,
+    network_of,
+    shapes_of,
+    training_experiment,
+    training_inputs,
+    trajectory_inputs,
+)
+from tests.diffusion.sampler_reference import GUIDANCE, TRAJECTORIES
 from tests.diffusion.weights import by_name, filled, summary_of, wave
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -38,6 +56,71 @@ def our_numbers(kind: str, name: str) -> dict[str, np.ndarray]:
         (_, out), (by_params, by_images) = differentiated(jax.tree.map(jnp.asarray, params), jnp.asarray(images))
         gradients = summary_of({key: np.asarray(value) for key, value in by_name(by_params).items()})
         return {"output": np.asarray(out), "images": np.asarray(by_images), "gradients": gradients}
+
+
+def our_course(name: str) -> dict[str, np.ndarray]:
+    """The experiment's own step, with its random draws replaced by the fixture's inputs."""
+    experiment = training_experiment(name)
+    with jax.enable_x64(True):
+        state = experiment.init(jax.random.key(0))
+        params = jax.tree.map(jnp.asarray, filled(state.params))
+        state = state.replace(
+            params=params,
+            ema=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params),
+            optimizer=jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.ndim else leaf, state.optimizer),
+        )
+
+        @jax.jit
+        def advanced(state, position, clean, labels, times, noise):
+            with (
+                mock.patch.object(experiment, "_examples", return_value=(clean, labels)),
+                mock.patch.object(type(experiment.process), "draw_times", return_value=times),
+                mock.patch.object(jax.random, "normal", return_value=noise),
+            ):
+                return experiment.step(state, {"position": position})
+
+        losses = []
+        for step in range(TRAINING_STEPS):
+            state, metrics = advanced(state, jnp.uint32(step), *map(jnp.asarray, training_inputs(step)))
+            losses.append(float(metrics["train/loss"]))
+        return {
+            "losses": np.array(losses),
+            "params": summary_of({key: np.asarray(value) for key, value in by_name(state.params).items()}),
+            "ema": summary_of({key: np.asarray(value, np.float64) for key, value in by_name(state.ema).items()}),
+        }
+
+
+def our_trajectory(name: str) -> dict[str, np.ndarray]:
+    """What the network is shown and told on the package's trajectory, and its end, as `sampler_reference` has them."""
+    case = TRAJECTORIES[name]
+    kind = case.get("network", "uvit")
+    network, (start, noise, texts, empty) = TRAJECTORY_NETWORKS[kind], trajectory_inputs(case["steps"])
+    process: Any = LearnedVarianceDDPM() if kind == "variance" else PROCESSES[case["process"]]()
+    plan = samplers.SAMPLERS[case["sampler"]](
+        process, case["steps"], **{key: case[key] for key in ("eta", "churn") if key in case}
+    )
+    told_texts = texts if kind == "texts" else None
+    args = jnp.asarray(start, jnp.float32), jnp.zeros(len(start)), told_texts
+    params = filled(jax.eval_shape(network.init, jax.random.key(0), *args)["params"])
+    shown, told = [], []
+
+    # Step by step, not compiled as one: what the network sees can be kept, and all cases share their operations.
+    with jax.enable_x64(True), jax.disable_jit():
+        start, noise = jnp.asarray(start), jnp.asarray(noise)
+
+        def applied(noisy, times, labels):
+            return network.apply({"params": params}, noisy, times, labels)
+
+        def watched(noisy, times):
+            shown.append(np.asarray(noisy))
+            told.append(float(times[0]))
+            if told_texts is None:
+                return applied(noisy, times, None)
+            return guided(applied, jnp.asarray(texts), empty, GUIDANCE)(noisy, times)
+
+        with mock.patch.object(samplers, "_normal", lambda keys, draw, shape: noise[int(draw) - 1]):
+            end = samplers.follow(process, plan, watched, process.prior_scale * start, jnp.zeros(len(start)))
+    return {"shown": np.stack(shown), "told": np.array(told), "end": np.asarray(end)}
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = TOLERANCE) -> None:

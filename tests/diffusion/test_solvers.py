@@ -1,12 +1,9 @@
-"""EDM and the solvers of higher order: exact flows of Gaussian data, orders of convergence, parity in float64.
+"""EDM and the solvers of higher order: exact flows of Gaussian data, orders of convergence.
 
-The parity references are written here from the papers' algorithms, in NumPy, step by step and without plans.
+Their trajectories are compared with the papers' algorithms in `test_trajectories`.
 """
 
 from __future__ import annotations
-
-import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +13,10 @@ import pytest
 from stabletrain.diffusion.processes import DDPM, EDM, VPSDE, noised
 from stabletrain.diffusion.samplers import (
     Plan,
-    _normal,
     ddim,
     ddpm,
     dpm_solver_2m,
     dpm_solver_fast,
-    follow,
     heun,
     ode_euler,
     solver_orders,
@@ -166,143 +161,6 @@ def test_posterior_of_edm_has_the_right_variance():
         assert slope**2 * total + plan.fresh[i] ** 2 + left == pytest.approx(SPREAD**2 + after**2)
         total = SPREAD**2 + after**2
     assert plan.fresh[-1] == 0
-
-
-# --- parity -----------------------------------------------------------------------------------------------------------
-
-SHAPE = (3, 2, 2, 1)
-
-
-def network(x, label):
-    """Any smooth function of both."""
-    xp = np if isinstance(x, np.ndarray) else jnp
-    return xp.sin(1.3 * x) + 0.1 * xp.cos(0.01 * label).reshape(-1, 1, 1, 1)
-
-
-def denoised(sigma, x):
-    """EDM's D, from the paper's table."""
-    total = sigma**2 + 0.25
-    raw = network(x / math.sqrt(total), np.full(len(x), math.log(sigma) / 4))
-    return 0.25 / total * x + sigma * 0.5 / math.sqrt(total) * raw
-
-
-def vp_levels(t):
-    log_alpha = -0.05 * t - 19.9 / 4 * t * t
-    return math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
-
-
-def vp_noise(t, x):
-    return network(x, np.full(len(x), 999.0 * t))
-
-
-def ours(process, plan):
-    with jax.enable_x64(True):
-        keys = jax.random.split(jax.random.key(5), SHAPE[0])
-        start = process.prior_scale * jax.random.normal(jax.random.key(6), SHAPE, jnp.float64)
-        end = follow(process, plan, network, start, keys)
-        fresh = [np.asarray(_normal(keys, i + 1, SHAPE[1:])) for i in range(plan.steps)]
-        return np.asarray(start), np.asarray(end), fresh
-
-
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)  # both in float64
-
-
-@pytest.mark.parametrize("churn", [0.0, 20.0])
-def test_heun_is_algorithm_2_of_karras(churn):
-    steps, looks = 6, 0
-    x, found, fresh = ours(EDM(), heun(EDM(), 2 * steps - 1, churn))
-    grid = [*((80 ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(steps)), 0.0]
-    for now, after in itertools.pairwise(grid):
-        gamma = min(churn / steps, math.sqrt(2) - 1) if 0.05 <= now <= 50 else 0.0
-        raised = now + gamma * now
-        x = x + math.sqrt(raised**2 - now**2) * 1.003 * fresh[looks]
-        slope = (x - denoised(raised, x)) / raised
-        moved = x + (after - raised) * slope
-        looks += 1
-        if after:
-            slope_there = (moved - denoised(after, moved)) / after
-            moved = x + (after - raised) * 0.5 * (slope + slope_there)
-            looks += 1
-        x = moved
-    assert looks == 2 * steps - 1
-    close(found, x)
-
-
-def test_dpm_solver_2m_is_algorithm_2_of_dpm_solver_plus_plus():
-    process, steps = VPSDE(), 7
-    plan = dpm_solver_2m(process, steps)
-    x, found, _ = ours(process, plan)
-    times = [*np.linspace(1.0, 1e-3, steps), 0.0]
-    before, log_before = None, None
-    for now, after in itertools.pairwise(times):
-        (alpha, sigma), (next_alpha, next_sigma) = vp_levels(now), vp_levels(after)
-        clean = (x - sigma * vp_noise(now, x)) / alpha
-        log_now = math.log(alpha / sigma)
-        if after == 0:
-            x = next_alpha * clean
-            break
-        h = math.log(next_alpha / next_sigma) - log_now
-        guess = clean
-        if before is not None:
-            r = (log_now - log_before) / h
-            guess = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * before
-        x = next_sigma / sigma * x - next_alpha * (math.exp(-h) - 1) * guess
-        before, log_before = clean, log_now
-    close(found, x)
-
-
-@pytest.mark.parametrize("evaluations", [6, 7, 8])
-def test_dpm_solver_fast_is_the_single_step_algorithm(evaluations):
-    process = VPSDE()
-    x, found, _ = ours(process, dpm_solver_fast(process, evaluations))
-    orders = {6: (3, 2, 1), 7: (3, 3, 1), 8: (3, 3, 2)}[evaluations]
-
-    def time_at(log_snr):
-        low, high = 0.0, 1.5  # bisection, unlike the closed form under test
-        for _ in range(200):
-            middle = 0.5 * (low + high)
-            alpha, sigma = vp_levels(middle)
-            low, high = (middle, high) if math.log(alpha / sigma) > log_snr else (low, middle)
-        return 0.5 * (low + high)
-
-    def log_snr_at(t):
-        alpha, sigma = vp_levels(t)
-        return math.log(alpha / sigma)
-
-    places = np.linspace(log_snr_at(1.0), log_snr_at(1e-4), len(orders) + 1)
-    for order, place, end in zip(orders, places[:-1], places[1:]):
-        h, s = end - place, time_at(place)
-        (alpha, _), (end_alpha, end_sigma) = vp_levels(s), vp_levels(time_at(end))
-        eps = vp_noise(s, x)
-        if order == 1:
-            x = end_alpha / alpha * x - end_sigma * math.expm1(h) * eps
-            continue
-        r1, r2 = (0.5, None) if order == 2 else (1 / 3, 2 / 3)
-        s1 = time_at(place + r1 * h)
-        alpha1, sigma1 = vp_levels(s1)
-        eps1 = vp_noise(s1, alpha1 / alpha * x - sigma1 * math.expm1(r1 * h) * eps)
-        if order == 2:
-            x = end_alpha / alpha * x - end_sigma * math.expm1(h) * (eps + (eps1 - eps) / (2 * r1))
-            continue
-        s2 = time_at(place + r2 * h)
-        alpha2, sigma2 = vp_levels(s2)
-        curve = math.expm1(r2 * h) / (r2 * h) - 1
-        inner = alpha2 / alpha * x - sigma2 * math.expm1(r2 * h) * eps - sigma2 * r2 / r1 * curve * (eps1 - eps)
-        eps2 = vp_noise(s2, inner)
-        curve = math.expm1(h) / h - 1
-        x = end_alpha / alpha * x - end_sigma * math.expm1(h) * eps - end_sigma / r2 * curve * (eps2 - eps)
-    np.testing.assert_allclose(found, x, rtol=1e-8, atol=1e-9)  # the times agree to the rounding of the bisection
-
-
-def test_probability_flow_euler_is_the_ode_s():
-    process = VPSDE()
-    x, found, _ = ours(process, ode_euler(process, 5))
-    times = [*np.linspace(1.0, 1e-3, 5), 0.0]
-    for now, after in itertools.pairwise(times):
-        beta, (_, sigma) = 0.1 + 19.9 * now, vp_levels(now)
-        x = x + (after - now) * (-0.5 * beta * x + 0.5 * beta / sigma * vp_noise(now, x))
-    close(found, x)
 
 
 # --- the places where a sampler goes wrong ----------------------------------------------------------------------------

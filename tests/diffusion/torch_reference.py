@@ -9,21 +9,27 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from stabletrain.diffusion.unet import DDPM
+from tests.diffusion import sampler_reference
 from tests.diffusion.cases import (
     TRAINING,
     TRAINING_STEPS,
+    TRAJECTORY_CASES,
+    TRAJECTORY_NETWORKS,
     UNET_CASES,
     UVIT_CASES,
     case_inputs,
     shapes_of,
     training_inputs,
     training_shapes,
+    trajectory_inputs,
 )
+from tests.diffusion.sampler_reference import GUIDANCE, TRAJECTORIES
 from tests.diffusion.weights import by_name, filled, summary_of, wave
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -276,6 +282,34 @@ def trained(name: str) -> dict[str, np.ndarray]:
     }
 
 
+def trajectory(name: str) -> dict[str, np.ndarray]:
+    """A trajectory of `TRAJECTORIES[name]`: the papers' algorithm in NumPy around a network in PyTorch."""
+    case = TRAJECTORIES[name]
+    kind = case.get("network", "uvit")
+    start, noise, texts, empty = trajectory_inputs(case["steps"])
+    shapes = jax.eval_shape(
+        TRAJECTORY_NETWORKS[kind].init,
+        jax.random.key(0),
+        start.astype(np.float32),
+        np.zeros(len(start), np.float32),
+        texts if kind == "texts" else None,
+    )["params"]
+    p = Params({key: torch.tensor(value) for key, value in by_name(filled(shapes)).items()})
+    network = unet if kind == "variance" else uvit
+
+    def answer(x, told, context):
+        times = torch.full((len(x),), told, dtype=torch.float64)
+        return network(p, TRAJECTORY_CASES[kind], torch.tensor(x), times, context).numpy()
+
+    def shown(x, told):
+        if kind != "texts":
+            return answer(x, told, None)
+        nothing = answer(x, told, torch.tensor(empty).expand(len(x), -1, -1))
+        return nothing + GUIDANCE * (answer(x, told, torch.tensor(texts)) - nothing)
+
+    return sampler_reference.trajectory(case, shown, start, noise)
+
+
 def main() -> None:
     FIXTURES.mkdir(exist_ok=True)
     for kind, cases in (("uvit", UVIT_CASES), ("unet", UNET_CASES)):
@@ -283,6 +317,8 @@ def main() -> None:
         np.savez_compressed(FIXTURES / f"{kind}.npz", **everything)
     courses = {f"{name}:{key}": value for name in TRAINING for key, value in trained(name).items()}
     np.savez_compressed(FIXTURES / "training.npz", **courses)
+    ways = {f"{name}:{key}": value for name in TRAJECTORIES for key, value in trajectory(name).items()}
+    np.savez_compressed(FIXTURES / "trajectories.npz", **ways)
 
 
 if __name__ == "__main__":
