@@ -203,18 +203,34 @@ StructureLoss = Callable[[Params, Any], Array]
 
 
 def energy_force_loss(
-    potential: Potential, *, energy_weight: float = 0.05, force_weight: float = 0.95
+    potential: Potential,
+    *,
+    energy_weight: float = 0.05,
+    force_weight: float = 0.95,
+    energy_loss: str = "total",
+    force_loss: str = "squared",
 ) -> StructureLoss:
-    """energy_weight * (E error)^2 + force_weight * mean over components (F error)^2, in eV^2 and (eV / A)^2.
+    """energy_weight * (E error)^2 + force_weight * (mean F error), in eV and A.
 
-    A structure is {"positions" [n, 3], "energy" [] without the elements' reference, "forces" [n, 3]}. The weights are
-    those that the released SchNet was trained with.
+    The energy's error is that of the structure (`total`) or of an atom (`per-atom`: over the number of atoms). The
+    mean error of forces is that of squared components (`squared`) or of the lengths of the atoms' errors (`length`).
+    A structure is {"positions" [n, 3], "energy" [] without the elements' reference, "forces" [n, 3]}.
+    Source: the training configurations of the released potentials: SchNet with the defaults, NequIP per atom with 1 and
+    1000, GemNet-T with lengths, 0.001 and 0.999.
     """
+    atoms = {"total": 1, "per-atom": potential.system.count}[energy_loss]
 
     def loss(params: Params, structure: Any) -> Array:
         energy, forces = potential.energy_and_forces(params, structure["positions"])
-        force_error = jnp.mean((forces - structure["forces"]) ** 2)
-        return energy_weight * (energy - structure["energy"]) ** 2 + force_weight * force_error
+        squared = (forces - structure["forces"]) ** 2
+        if force_loss == "squared":
+            force_error = jnp.mean(squared)
+        else:
+            total = jnp.sum(squared, axis=-1)
+            # Where a force is met exactly its length has no slope, and the gradient would not be a number.
+            missed = total > 0
+            force_error = jnp.mean(jnp.where(missed, jnp.sqrt(jnp.where(missed, total, 1.0)), 0.0))
+        return energy_weight * ((energy - structure["energy"]) / atoms) ** 2 + force_weight * force_error
 
     return loss
 
