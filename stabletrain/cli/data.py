@@ -12,6 +12,7 @@ import typer
 from stabletrain.cli.help import PanelCommand, PanelGroup, help_if_alone
 from stabletrain.cli.text import is_terminal, pairs, print_json, table
 from stabletrain.errors import EXIT_DATA, EXIT_OK
+from stabletrain.nnip.make_md import make_md_command
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 ImageSize = Annotated[
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.callback()(help_if_alone)
+app.command("make-md", cls=PanelCommand)(make_md_command)
 
 
 @app.command("list", cls=PanelCommand)

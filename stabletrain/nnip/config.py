@@ -13,10 +13,15 @@ from stabletrain.nnip.stable_options import StableOptions, stable_problems
 from stabletrain.training.config import TrainConfig, option, read_toml, replace
 
 NETWORK, OPTIMISER, DATA = "Potential", "Optimiser", "Data"
+ENERGY_LOSSES, FORCE_LOSSES = ("total", "per-atom"), ("squared", "length")
 MODELS = ("schnet", "painn", "nequip", "gemnet-t")
 
-FROM_BASE = ("dataset", "data", "energy_unit", "train_frames", "test_frames", "model", "features", "interactions",
-             "cutoff", "energy_weight", "force_weight")  # fmt: skip
+ENERGY_UNITS, LENGTH_UNITS = ("eV", "kcal/mol", "kJ/mol", "hartree"), ("A", "bohr")
+"""As `stabletrain.nnip.frames` converts them."""
+
+FROM_BASE = ("dataset", "data", "energy_unit", "length_unit", "train_frames", "test_frames", "model",
+             "features", "interactions", "cutoff", "energy_weight", "force_weight", "energy_loss",
+             "force_loss")  # fmt: skip
 """What a run that starts from another takes from it where nothing else is given."""
 
 
@@ -24,10 +29,16 @@ FROM_BASE = ("dataset", "data", "energy_unit", "train_frames", "test_frames", "m
 class NnipConfig(StableOptions, TrainConfig):
     """Training an interatomic potential on energies and forces, and StABlE Training of one."""
 
-    dataset: str = option("ethanol-xtb", "Bundled data set: ethanol-xtb.", panel=DATA)
+    dataset: str = option("ethanol-xtb", "Data set: ethanol-xtb is bundled, water-flexible is made once.", panel=DATA)
     data: str | None = option(None, "Your own frames: .npz (R, E, F, z) or a file that ASE reads.", panel=DATA)
     energy_unit: str | None = option(
-        None, "Unit of an .npz file's energies. [default: kcal/mol, as MD17]", panel=DATA, choices=("eV", "kcal/mol")
+        None,
+        "Unit of an .npz file's energies. [default: what the file says, else kcal/mol, as MD17]",
+        panel=DATA,
+        choices=ENERGY_UNITS,
+    )
+    length_unit: str | None = option(
+        None, "Unit of an .npz file's lengths. [default: A]", panel=DATA, choices=LENGTH_UNITS
     )
     train_frames: int = option(0, "Frames to train on; 0 chooses.", panel=DATA, minimum=0)
     validation_frames: int | None = option(
@@ -71,7 +82,14 @@ class NnipConfig(StableOptions, TrainConfig):
         10.0, "Clip the global gradient norm to this; 0: never.", panel=OPTIMISER, minimum=0.0
     )
     energy_weight: float = option(0.05, "Weight of the squared energy error.", panel=OPTIMISER, minimum=0.0)
-    force_weight: float = option(0.95, "Weight of the squared force error.", panel=OPTIMISER, minimum=0.0)
+    force_weight: float = option(0.95, "Weight of the force error.", panel=OPTIMISER, minimum=0.0)
+    energy_loss: str = option(
+        "total", "Squared error of the energy, or of the energy per atom.", panel=OPTIMISER, choices=ENERGY_LOSSES
+    )
+    force_loss: str = option(
+        "squared", "Squared error of force components, or the length of the error.", panel=OPTIMISER,
+        choices=FORCE_LOSSES,
+    )  # fmt: skip
     ema_decay: float = option(
         0.99, "Decay of the parameters' average; 0: none.", panel=OPTIMISER, minimum=0.0, maximum=0.99999
     )
@@ -91,10 +109,15 @@ class NnipConfig(StableOptions, TrainConfig):
 
 def _problems(config: NnipConfig) -> Iterator[str]:
     yield from stable_problems(config)
-    if config.energy_unit and config.data is None:
-        yield "--energy-unit does nothing without --data"
+    for flag, unit in (("--energy-unit", config.energy_unit), ("--length-unit", config.length_unit)):
+        if unit and config.data is None:
+            yield f"{flag} does nothing without --data"
     if config.energy_weight == 0 and config.force_weight == 0:
         yield "--energy-weight and --force-weight are both 0: there is nothing to learn"
+    if config.energy_weight == 0 and config.energy_loss != "total":
+        yield f"--energy-loss {config.energy_loss} does nothing with --energy-weight 0"
+    if config.force_weight == 0 and config.force_loss != "squared":
+        yield f"--force-loss {config.force_loss} does nothing with --force-weight 0"
     if config.lr_decay == "plateau" and config.validation_frames == 0:
         yield "--lr-decay plateau watches the validation loss: it needs --validation-frames"
     if config.validate_every and config.validation_frames == 0:
@@ -127,7 +150,8 @@ def resolve(config: NnipConfig) -> NnipConfig:
         for name in FROM_BASE:
             given = getattr(config, name)
             chosen[name] = base.get(name, defaults[name]) if given == defaults[name] else given
-            if given != defaults[name] and name in base and given != base[name] and name not in ("data", "energy_unit"):
+            moved = name in ("data", "energy_unit", "length_unit")  # the same frames may lie elsewhere now
+            if given != defaults[name] and name in base and given != base[name] and not moved:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} {given} contradicts the base run, which has {base[name]}")
         chosen["split_seed"] = base["split_seed"]

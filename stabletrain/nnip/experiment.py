@@ -88,7 +88,7 @@ class NnipExperiment:
     def __init__(self, config: NnipConfig, *, mesh: Mesh, base_params: Params | None = None) -> None:
         self.config = config
         self.mesh = mesh
-        frames = read_frames(config.dataset, config.data, config.energy_unit)
+        frames = read_frames(config.dataset, config.data, config.energy_unit, config.length_unit)
         self.data_spec: FramesSpec = frames.spec
         assert config.split_seed is not None, "resolve(config) fills it in"
         held_out = config.validation_frames or 0
@@ -98,7 +98,11 @@ class NnipExperiment:
         self.validation = structures_of(frames, validation, self.potential.reference)
         self.test = structures_of(frames, test, self.potential.reference)
         self.loss = energy_force_loss(
-            self.potential, energy_weight=config.energy_weight, force_weight=config.force_weight
+            self.potential,
+            energy_weight=config.energy_weight,
+            force_weight=config.force_weight,
+            energy_loss=config.energy_loss,
+            force_loss=config.force_loss,
         )
         self.policy = Policy.from_config(config)
         self.inner_steps = 10

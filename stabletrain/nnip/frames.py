@@ -1,9 +1,10 @@
 """Labelled structures: read, converted to eV and A, and split.
 
-Formats of `--data`: `.npz` with R, E, F and z (or nuclear_charges), as MD17, rMD17 and MD22 have them, and `cell` for a
-periodic system; and whatever ASE reads with energies and forces (extended XYZ, ...). Units of npz files are kcal/mol
-and A, as in MD17, unless `energy_unit` says eV; those of ASE are eV and A. One cell holds for all frames: a cell for
-each, [N, 3, 3] or [N, 9], must be N times the same.
+Formats of `--data`: `.npz` with R, E, F and z, as MD17 and MD22 have them, or coords, energies, forces and
+nuclear_charges, as rMD17, and `cell` for a periodic system; and whatever ASE reads with energies and forces (extended
+XYZ, ...). Units of npz files are kcal/mol and A, as in those three, unless the file names its own (`energy_unit`, as
+`stabletrain data make-md` writes it) or the options say otherwise; those of ASE are eV and A. One cell holds for all
+frames: a cell for each, [N, 3, 3] or [N, 9], must be N times the same.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ from stabletrain.nnip.systems import System, checked_cell, make_system
 
 KCAL_PER_MOL = 0.0433641043
 """In eV (CODATA 2018, thermochemical calorie)."""
-UNITS = {"eV": 1.0, "kcal/mol": KCAL_PER_MOL}
+HARTREE, BOHR = 27.211386246, 0.529177210903
+"""In eV and in A (CODATA 2018)."""
+UNITS = {"eV": 1.0, "kcal/mol": KCAL_PER_MOL, "kJ/mol": KCAL_PER_MOL / 4.184, "hartree": HARTREE}
+LENGTH_UNITS = {"A": 1.0, "bohr": BOHR}
 BUNDLED = {"ethanol-xtb": "ethanol_xtb.npz"}
 """Data sets that come with the program."""
+MADE = ("water-flexible",)
+"""Data sets that the program makes when they are first asked for, and keeps in its cache."""
+DATASETS = (*BUNDLED, *MADE)
+COLUMNS = {"R": "coords", "E": "energies", "F": "forces", "z": "nuclear_charges"}
+"""Names in an .npz: MD17's and rMD17's."""
 
 
 @dataclass(frozen=True)
@@ -54,41 +63,62 @@ class LabelledFrames:
         return len(self.energies)
 
 
-def read_frames(dataset: str, data: str | None, energy_unit: str | None = None) -> LabelledFrames:
-    """The frames of a bundled data set, or of the user's file.
+def read_frames(
+    dataset: str, data: str | None, energy_unit: str | None = None, length_unit: str | None = None
+) -> LabelledFrames:
+    """The frames of a named data set, or of the user's file.
 
     Raises: `DataError` for a file that is missing, of another form, or has numbers that are not finite; `ConfigError`
-    for an unknown data set.
+    for an unknown data set, or units that contradict the file's.
     """
     if data is None:
+        if dataset in MADE:
+            return _from_npz(_made(dataset), dataset, None, None)
         if dataset not in BUNDLED:
-            raise ConfigError(f"unknown data set {dataset!r}: {nearest(dataset, BUNDLED)} (your own go by --data)")
+            raise ConfigError(f"unknown data set {dataset!r}: {nearest(dataset, DATASETS)} (your own go by --data)")
         with resources.as_file(resources.files("stabletrain.nnip") / "bundled" / BUNDLED[dataset]) as path:
-            return _from_npz(path, dataset, "eV")
+            return _from_npz(path, dataset, "eV", None)
     path = Path(data)
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     if path.suffix == ".npz":
-        return _from_npz(path, path.stem, energy_unit or "kcal/mol")
-    if energy_unit not in (None, "eV"):
-        raise ConfigError(f"--energy-unit {energy_unit} is for .npz files: ASE converts {path.name} to eV itself")
+        return _from_npz(path, path.stem, energy_unit, length_unit)
+    for flag, unit, own in (("--energy-unit", energy_unit, "eV"), ("--length-unit", length_unit, "A")):
+        if unit not in (None, own):
+            raise ConfigError(f"{flag} {unit} is for .npz files: ASE converts {path.name} to {own} itself")
     return _from_ase(path)
 
 
-def _from_npz(path: Path, name: str, unit: str) -> LabelledFrames:
+def _made(dataset: str) -> Path:
+    """The file of a data set that the program makes: `water-flexible`."""
+    from stabletrain.nnip.classical_water import cached_frames
+    from stabletrain.nnip.make_md import progress
+    from stabletrain.paths import cache_home
+
+    return cached_frames(cache_home(), progress(quiet=False, prefix=f"{dataset}, made once, "))
+
+
+def _from_npz(path: Path, name: str, energy_unit: str | None, length_unit: str | None) -> LabelledFrames:
     try:
         with np.load(path, allow_pickle=False) as file:
             content = {key: file[key] for key in file.files}
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a readable .npz: {error}") from error
-    species = content.get("z", content.get("nuclear_charges"))
-    missing = [key for key in "REF" if key not in content] + ([] if species is not None else ["z"])
-    if missing:
+    columns = {key: content.get(key, content.get(other)) for key, other in COLUMNS.items()}
+    if missing := [key for key, column in columns.items() if column is None]:
         raise DataError(f"{path} has no {', '.join(missing)}: it needs R [N, n, 3], E [N], F [N, n, 3] and z [n]")
-    factor = UNITS[unit]
-    energies = np.asarray(content["E"], np.float64).reshape(-1) * factor
-    forces = np.asarray(content["F"], np.float64) * factor
-    return _checked(path, name, species, np.asarray(content["R"], np.float64), energies, forces, content.get("cell"))
+    stated = str(content["energy_unit"]) if "energy_unit" in content else None
+    if stated is not None and stated not in UNITS:
+        raise DataError(f"{path} has energies in {stated!r}: {nearest(stated, UNITS)}")
+    if stated and energy_unit and stated != energy_unit:
+        raise ConfigError(f"--energy-unit {energy_unit} contradicts {path.name}, which says {stated}")
+    energy = UNITS[energy_unit or stated or "kcal/mol"]
+    length = LENGTH_UNITS[length_unit or "A"]
+    positions, energies, forces = (np.asarray(columns[key], np.float64) for key in "REF")
+    cell = np.asarray(content["cell"], np.float64) * length if "cell" in content else None
+    return _checked(
+        path, name, columns["z"], positions * length, energies.reshape(-1) * energy, forces * (energy / length), cell
+    )
 
 
 def _from_ase(path: Path) -> LabelledFrames:
