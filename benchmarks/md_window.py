@@ -1,13 +1,20 @@
 """Replica-steps per second of a window of dynamics with SchNet, against the same network in PyTorch; and the gradient.
 
 Both sides hold the same SchNet (64 features, 6 interactions, 25 Gaussians: 117,953 parameters) with the same weights
-and step the same aspirin replicas by the same Nose-Hoover formulas in float32; energies and forces are compared first.
-JAX compiles a window of steps whole, over replicas by vmap, on one device; PyTorch runs eagerly with a thread per core,
-forces by autograd, replicas as one batch. In one process and in turns, so that whatever else the machine does falls on
-both. A ratio above one means that JAX is faster; it is the median over turns. Then the StABlE gradient of h(r) from
-2,560 structures: time, and the intermediate memory that the compiled program reserves. Needs PyTorch and frames:
+and step the same replicas by the same Nose-Hoover formulas in float32; energies and forces are compared first. JAX
+compiles a window of steps whole, over replicas by vmap, on one device; PyTorch runs eagerly, on CPU with a thread per
+core, forces by autograd, replicas as one batch. In one process and in turns, so that whatever else the machine does
+falls on both. A ratio above one means that JAX is faster; it is the median over turns.
 
-    python benchmarks/md_window.py --data rmd17_aspirin.npz [--replicas 1 16 64] [--turns 3] [--out FILE.json]
+Then JAX alone: the window over the number of atoms (a lattice of 3 A; up to 50 atoms all pairs, beyond a padded list),
+and the StABlE gradient of h(r) from 320 and 2,560 structures: time, the memory that the compiled program reserves, and
+by how much the process (the GPU's allocator) grew at its peak.
+
+    python benchmarks/md_window.py [--data rmd17_aspirin.npz] [--replicas 1 16 64] [--turns 3] [--out FILE.json]
+
+On a machine with an NVIDIA GPU, JAX and PyTorch both on it, in less than ten minutes:
+
+    python benchmarks/md_window.py --device gpu --data rmd17_aspirin.npz --work 16384 --out md_window_gpu.json
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +38,34 @@ RESULT = Path(__file__).parent / "results" / "md_window.json"
 TIMESTEP, TEMPERATURE, RELAXATION = 0.5, 500.0, 10.0
 CUTOFF, GAUSSIANS = 5.0, 25
 STRUCTURES = 2560
+ATOM_REPLICAS = 2
 
 
 class TorchWindow:
     """The same network, batched over replicas, and the same integrator, in PyTorch."""
 
-    def __init__(self, params: Any, species: np.ndarray, masses: np.ndarray, scale: float, freedom: int) -> None:
+    def __init__(
+        self, params: Any, species: np.ndarray, masses: np.ndarray, scale: float, freedom: int, device: str
+    ) -> None:
         import torch
 
-        self.torch = torch
-        self.weights = {"/".join(path): torch.from_numpy(np.array(leaf)) for path, leaf in _flat(params)}
-        self.species = torch.from_numpy(species.astype(np.int64))
+        self.torch, self.device = torch, device
+        self.weights = {"/".join(path): self.array(np.array(leaf)) for path, leaf in _flat(params)}
+        self.species = self.array(species.astype(np.int64))
         first, second = np.triu_indices(len(species), 1)
-        self.first, self.second = torch.from_numpy(first), torch.from_numpy(second)
-        self.masses = torch.from_numpy(masses.astype(np.float32))[:, None]
+        self.first, self.second = self.array(first), self.array(second)
+        self.masses = self.array(masses.astype(np.float32))[:, None]
+        self.centres = torch.linspace(0, CUTOFF, GAUSSIANS, device=device)
         self.scale, self.freedom = scale, freedom
+
+    def array(self, values: Any) -> Any:
+        """A tensor on the device."""
+        return self.torch.from_numpy(np.array(values)).to(self.device)
+
+    def wait(self) -> None:
+        """Until the device is idle."""
+        if self.device != "cpu":
+            self.torch.cuda.synchronize()
 
     def _dense(self, name: str, x: Any) -> Any:
         out = x @ self.weights[f"{name}/kernel"]
@@ -59,8 +80,7 @@ class TorchWindow:
             return torch.nn.functional.softplus(y) - math.log(2)
 
         distance = (x[:, self.second] - x[:, self.first]).norm(dim=-1, keepdim=True)  # (R, P, 1)
-        centres = torch.linspace(0, CUTOFF, GAUSSIANS)
-        radial = torch.exp(-0.5 * ((distance - centres) / (CUTOFF / (GAUSSIANS - 1))) ** 2)
+        radial = torch.exp(-0.5 * ((distance - self.centres) / (CUTOFF / (GAUSSIANS - 1))) ** 2)
         envelope = torch.where(distance < CUTOFF, 0.5 * (torch.cos(math.pi * distance / CUTOFF) + 1), 0.0)
         h = self.weights["elements/embedding"][self.species].expand(len(x), -1, -1)
         for number in range(6):
@@ -87,7 +107,7 @@ class TorchWindow:
         def kinetic(v: Any) -> Any:
             return 0.5 * (self.masses * v**2).sum((1, 2)) / ACCELERATION
 
-        zeta = self.torch.zeros(len(x))
+        zeta = self.torch.zeros(len(x), device=self.device)
         a = self.forces(x) * ACCELERATION / self.masses
         for _ in range(steps):
             drag = a - zeta[:, None, None] * v
@@ -96,6 +116,7 @@ class TorchWindow:
             zeta = zeta + dt / (2 * q) * (kinetic(v) - wanted) + dt / (2 * q) * (kinetic(half) - wanted)
             a = self.forces(x) * ACCELERATION / self.masses
             v = (half + 0.5 * dt * a) / (1 + 0.5 * dt * zeta)[:, None, None]
+        self.wait()
         return x
 
 
@@ -105,39 +126,54 @@ def _flat(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], 
     return [entry for name, branch in tree.items() for entry in _flat(branch, (*path, name))]
 
 
-def main() -> None:
-    """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4, 16, 64, 256])
-    parser.add_argument("--work", type=int, default=512, help="replica-steps in a turn of one side, about")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULT)
-    options = parser.parse_args()
-    os.environ["JAX_NUM_CPU_DEVICES"] = "1"
-    configure_backend(1, 1)
+def peak_growth(device: str, run: Callable[[], Any]) -> float | None:
+    """MiB by which the process, or the GPU's allocator, grew at its peak while `run` ran; None where nothing tells."""
+    import jax
 
+    if device != "cpu":
+        before = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
+        run()
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return None if before is None or peak is None else (peak - before) / 2**20
+
+    def status(name: str) -> int:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(next(line for line in text.splitlines() if line.startswith(name)).split()[1])
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
+        before_kib = status("VmRSS:")
+        run()
+        return (status("VmHWM:") - before_kib) / 2**10
+    except (OSError, StopIteration):
+        return None
+
+
+def timed(turns: int, run: Callable[[], Any]) -> float:
+    """Median seconds."""
+    seconds = []
+    for _ in range(turns):
+        begun = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def against_torch(options: argparse.Namespace, potential: Any, params: Any, frames: Any) -> tuple[list[Any], float]:
+    """Windows of both sides by number of replicas; the largest difference of a force component."""
     import jax
     import jax.numpy as jnp
-    import torch
 
     from stabletrain.nnip.benchmark import Conditions, Simulator
-    from stabletrain.nnip.frames import read_frames
-    from stabletrain.nnip.potential import EnergyScale, Potential
-    from stabletrain.nnip.schnet import SchNet
-    from stabletrain.nnip.stable_learning import Estimator, distances_gradient, distances_observable, distances_target
-    from stabletrain.nnip.units import thermal_energy
 
-    torch.set_num_threads(cpu_cores())
-    frames = read_frames("", options.data)
-    system = frames.system
-    potential = Potential("schnet", SchNet(), system, CUTOFF, EnergyScale(0.3, {}))
-    params = potential.init(jax.random.key(0))
-    freedom = Conditions().freedom(system)
-    theirs = TorchWindow(jax.device_get(params), system.species, system.masses, 0.3, freedom)
+    system = potential.system
+    device = "cpu" if options.device == "cpu" else "cuda"
+    theirs = TorchWindow(
+        jax.device_get(params), system.species, system.masses, 0.3, Conditions().freedom(system), device
+    )
     x0 = jnp.asarray(frames.positions[:4], jnp.float32)
-    ours = np.asarray(jax.vmap(potential.energy_and_forces, (None, 0))(params, x0)[1])
-    difference = float(np.abs(ours - theirs.forces(torch.from_numpy(np.array(x0))).numpy()).max())
+    ours = np.asarray(jax.jit(jax.vmap(potential.energy_and_forces, (None, 0)))(params, x0)[1])
+    difference = float(np.abs(ours - theirs.forces(theirs.array(x0)).cpu().numpy()).max())
     print(f"largest difference of a force component: {difference:.1e} eV/A", flush=True)
 
     rows = []
@@ -147,7 +183,7 @@ def main() -> None:
         simulator = Simulator(system, conditions, potential=potential)
         starts = frames.positions[np.arange(replicas) % len(frames)]
         swarm = simulator.start(params, starts, jax.random.key(1))
-        x, v = (torch.from_numpy(np.array(leaf)) for leaf in (swarm.replicas.position, swarm.replicas.velocity))
+        x, v = (theirs.array(leaf) for leaf in (swarm.replicas.position, swarm.replicas.velocity))
         begun = time.perf_counter()
         jax.block_until_ready(simulator.window(params, swarm, jax.random.key(2)))
         compiling = time.perf_counter() - begun
@@ -170,46 +206,133 @@ def main() -> None:
         }
         rows.append(row)
         print(row, flush=True)
+    return rows, difference
 
-    observable = distances_observable(system)
+
+def by_atoms(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Windows of JAX over the number of atoms: hydrogens and oxygens on a cubic lattice, 3 A apart, a few replicas."""
+    import jax
+
+    from stabletrain.nnip.benchmark import Conditions, Simulator
+    from stabletrain.nnip.potential import EnergyScale, Potential
+    from stabletrain.nnip.schnet import SchNet
+    from stabletrain.nnip.systems import make_system
+
+    rows = []
+    for edge in options.lattice:
+        atoms = edge**3
+        lattice = 3.0 * np.indices((edge,) * 3).reshape(3, -1).T
+        system = make_system(np.where(np.arange(atoms) % 3, 1, 8), lattice)
+        potential = Potential("schnet", SchNet(), system, CUTOFF, EnergyScale(0.01, {}))
+        params = potential.init(jax.random.key(0))
+        steps = max(2, options.work // (ATOM_REPLICAS * atoms))
+        conditions = Conditions(50.0, TIMESTEP, window=steps, frame_every=steps)
+        simulator = Simulator(system, conditions, potential=potential)
+        swarm = simulator.start(params, np.repeat(lattice[None], ATOM_REPLICAS, axis=0), jax.random.key(1))
+        jax.block_until_ready(simulator.window(params, swarm, jax.random.key(2)))
+        seconds = timed(
+            options.turns,
+            lambda: jax.block_until_ready(simulator.window(params, swarm, jax.random.key(2))),  # noqa: B023
+        )
+        assert simulator.potential is not None
+        rows.append({
+            "atoms": atoms,
+            "pairs": simulator.potential.capacity or atoms * (atoms - 1) // 2,
+            "list": simulator.potential.capacity is not None,
+            "replicas": ATOM_REPLICAS,
+            "steps": steps,
+            "jax_per_second": round(ATOM_REPLICAS * steps / seconds, 1),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def of_gradient(options: argparse.Namespace, potential: Any, params: Any, frames: Any) -> list[dict[str, Any]]:
+    """The StABlE gradient of h(r): seconds and memory."""
+    import jax
+    import jax.numpy as jnp
+
+    from stabletrain.nnip.stable_learning import Estimator, distances_gradient, distances_observable, distances_target
+    from stabletrain.nnip.units import thermal_energy
+
+    observable = distances_observable(potential.system)
     target = distances_target(observable, frames.positions[:200])
     learn = distances_gradient(observable, target, Estimator(thermal_energy(TEMPERATURE)))
     many = jnp.asarray(frames.positions[np.arange(STRUCTURES) % len(frames)], jnp.float32)
-    estimates = []
+    rows = []
     for count in (STRUCTURES // 8, STRUCTURES):
         program = jax.jit(
             lambda p, x: learn(potential, p, x, jnp.ones(len(x), bool), jax.random.key(0)).gradient
         ).lower(params, many[:count]).compile()  # fmt: skip
-        jax.block_until_ready(program(params, many[:count]))
-        seconds = []
-        for _ in range(options.turns):
-            begun = time.perf_counter()
-            jax.block_until_ready(program(params, many[:count]))
-            seconds.append(time.perf_counter() - begun)
-        memory = program.memory_analysis()
-        estimates.append(
-            {
-                "structures": count,
-                "seconds": round(statistics.median(seconds), 2),
-                "reserved_mib": round(memory.temp_size_in_bytes / 2**20, 1),
-            }
-        )
-        print(estimates[-1], flush=True)
 
+        def run() -> None:
+            jax.block_until_ready(program(params, many[:count]))  # noqa: B023
+
+        grown = peak_growth(options.device, run)
+        reserved = program.memory_analysis().temp_size_in_bytes
+        rows.append({
+            "structures": count,
+            "seconds": round(timed(options.turns, run), 2),
+            "reserved_mib": round(reserved / 2**20, 1),
+            "peak_growth_mib": None if grown is None else round(grown, 1),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="frames of a molecule, as of `stabletrain nnip`; without, the bundled ones")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--lattice", type=int, nargs="*", default=[2, 3, 4, 5, 6], help="atoms along an edge")
+    parser.add_argument("--work", type=int, default=512, help="replica-steps in a turn of one side, about")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_NUM_CPU_DEVICES"] = "1"
+    configure_backend(1, 1)
+
+    import jax
+    import torch
+
+    from stabletrain.nnip.frames import read_frames
+    from stabletrain.nnip.potential import EnergyScale, Potential
+    from stabletrain.nnip.schnet import SchNet
+
+    if options.device == "gpu" and (jax.default_backend() != "gpu" or not torch.cuda.is_available()):
+        raise SystemExit(
+            f"--device gpu: JAX is on {jax.default_backend()}, CUDA of PyTorch: {torch.cuda.is_available()}"
+        )
+    torch.set_num_threads(cpu_cores())
+    frames = read_frames("ethanol-xtb", options.data)
+    system = frames.system
+    potential = Potential("schnet", SchNet(), system, CUTOFF, EnergyScale(0.3, {}))
+    params = potential.init(jax.random.key(0))
+    windows, difference = against_torch(options, potential, params, frames)
     result = {
         "what": "replica-steps per second of a Nose-Hoover window; StABlE gradient of h(r)",
-        "command": f"python benchmarks/md_window.py --data {Path(options.data).name}",
+        "command": "python benchmarks/md_window.py"
+        + (f" --data {Path(options.data).name}" if options.data else "")
+        + (" --device gpu" if options.device == "gpu" else "")
+        + f" --work {options.work} --turns {options.turns}",
+        "device": str(jax.devices()[0].device_kind),
         "processor": cpu_model(),
         "cores": cpu_cores(),
         "load_average": [round(x, 1) for x in os.getloadavg()],
         "python": platform.python_version(),
         "jax": jax.__version__,
         "torch": torch.__version__,
+        "data": frames.spec.name,
         "atoms": system.count,
         "parameters": 117_953,
         "force_difference": difference,
-        "windows": rows,
-        "gradient": estimates,
+        "windows": windows,
+        "by_atoms": by_atoms(options),
+        "gradient": of_gradient(options, potential, params, frames),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
