@@ -15,6 +15,7 @@ from stabletrain.nnip.config import NnipConfig, resolve
 from stabletrain.nnip.errors import error_scalars, error_table
 from stabletrain.nnip.experiment import NnipExperiment
 from stabletrain.nnip.schedule import learning_rate_at, start_plateau, update_plateau
+from stabletrain.nnip.stable_learning import energy_force_loss
 from stabletrain.training.config import make_config
 from stabletrain.training.devices import make_mesh
 
@@ -68,6 +69,25 @@ def test_a_loss_that_is_not_a_number_is_not_lower() -> None:
     plateau = update_plateau(start_plateau(), jnp.float32(jnp.nan), patience=0, smallest=0.0)
     assert float(plateau.factor) == pytest.approx(0.8)
     assert float(plateau.lowest) == np.inf
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("energy_loss", "force_loss"), [("total", "squared"), ("per-atom", "length")])
+def test_the_loss_by_hand(energy_loss: str, force_loss: str) -> None:
+    """Of a potential that knows its errors: 6 meV in all, and forces off by (3, 4, 0) on one atom of three."""
+    potential: Any = SimpleNamespace(
+        system=SimpleNamespace(count=3), energy_and_forces=lambda params, x: (params, x[0] * params)
+    )
+    loss = energy_force_loss(potential, energy_weight=2.0, force_weight=10.0, energy_loss=energy_loss,
+                             force_loss=force_loss)  # fmt: skip
+    structure = {"positions": jnp.zeros((1, 3, 3)), "energy": jnp.float32(-5.0),
+                 "forces": jnp.zeros((3, 3)).at[1].set(jnp.asarray([3.0, 4.0, 0.0]))}  # fmt: skip
+    energy = 6.0 if energy_loss == "total" else 2.0
+    force = 25 / 9 if force_loss == "squared" else 5 / 3
+    assert float(loss(jnp.float32(1.0), structure)) == pytest.approx(2 * energy**2 + 10 * force, rel=1e-6)
+    assert np.isfinite(jax.grad(loss)(jnp.float32(1.0), structure))  # two atoms are met exactly
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
