@@ -11,6 +11,9 @@
 - `stability/intra_class_diversity`: deviation of generated images of one class and latents of all kinds, over that of
   real images of the class, as a mean over classes; `.../min` of the least diverse class. 0 is total collapse.
 
+- `stability/loss_oscillation`: how the discriminator's loss swings, over the monitor's window of accepted updates:
+  the deviation around the window's fitted line; `.../relative`: over the size of the window's mean.
+
 Of a Wasserstein critic besides (Gulrajani et al. 2017, Figure 1b):
 
 - `stability/gradient_slope`: change of log10 of the norm of the critic's gradient by a layer's output for one layer
@@ -74,6 +77,9 @@ class Indicators:
             "stability/feature_norm": jnp.mean(jnp.linalg.norm(of_real.features, axis=-1)),
             "stability/score_gap": jnp.mean(of_real.score) - jnp.mean(of_fake.score),
         }
+        monitor = state.critic.monitor
+        swing, relative = oscillation(monitor.window[0], monitor.clock("accepted"))
+        metrics |= {"stability/loss_oscillation": swing, "stability/loss_oscillation/relative": relative}
         metrics |= self._gradients(state, fixed, judged, fakes)
         probabilities = class_probabilities(
             objectives.config.conditioning or "none", of_real.classes, objectives.class_options
@@ -178,6 +184,23 @@ def slope_backwards(norms: Array) -> Array:
     logs = jnp.where(norms > 0, jnp.log10(jnp.where(norms > 0, norms, 1.0)), jnp.nan)
     places = jnp.arange(len(norms)) - (len(norms) - 1) / 2
     return -jnp.sum(places * logs) / jnp.sum(places**2)
+
+
+def oscillation(window: Array, count: Array) -> tuple[Array, Array]:
+    """Deviation of the last `count` values of a window [W] around their least-squares line, alone and over |mean|.
+
+    A trend is no oscillation. Of up to two values it is 0, as a line goes through them.
+    """
+    size = len(window)
+    weight = (jnp.arange(size) >= size - count).astype(window.dtype)  # the newest value comes last
+    number = jnp.maximum(jnp.sum(weight), 1.0)
+    values = jnp.where(weight > 0, window, 0.0)
+    places = weight * (jnp.arange(size) - jnp.sum(weight * jnp.arange(size)) / number)
+    mean = jnp.sum(values) / number
+    slope = jnp.sum(places * values) / jnp.maximum(jnp.sum(places**2), 1.0)
+    residuals = weight * (values - mean) - slope * places
+    swing = jnp.where(number > 2, jnp.sqrt(jnp.sum(residuals**2) / number), 0.0)
+    return swing, swing / jnp.maximum(jnp.abs(mean), 1e-12)
 
 
 def share_at_limit(params: Any, limit: float, *, kernels_only: bool) -> Array:

@@ -13,7 +13,7 @@ from stabletrain.errors import ConfigError
 from stabletrain.gan import experiment as experiment_module
 from stabletrain.gan.family import FAMILY, SampleOptions, sample
 from stabletrain.gan.images import TRUNCATIONS, great_circle
-from stabletrain.gan.indicators import share_at_limit, singular_values, slope_backwards, spread
+from stabletrain.gan.indicators import oscillation, share_at_limit, singular_values, slope_backwards, spread
 from stabletrain.gan.sampling import GanModel
 from stabletrain.gan.state import average_decay_at, learning_rate_at
 from stabletrain.training.state import abstract_state, fresh_state, state_hash
@@ -256,6 +256,26 @@ def test_gradients_by_a_critics_layers_are_those_of_the_chain_rule():
         assert float(found[f"stability/layer_gradient/{name}"]) == pytest.approx(expected, rel=1e-4)  # float32
     slope = np.log10(np.linalg.norm(by_first) / np.linalg.norm(by_second))
     assert float(found["stability/gradient_slope"]) == pytest.approx(slope, rel=1e-3)
+
+
+def test_oscillation_is_around_the_line_and_of_the_values_that_there_are():
+    values = np.r_[[50.0] * 4, 2.0 + 0.5 * np.arange(8) + 0.1 * (-1.0) ** np.arange(8)]  # four of the window are not yet
+    line = np.polyval(np.polyfit(np.arange(8), values[4:], 1), np.arange(8))
+    expected = np.std(values[4:] - line)
+    swing, relative = oscillation(jnp.asarray(values, jnp.float32), jnp.int32(8))
+    assert float(swing) == pytest.approx(expected, rel=1e-4)  # float32
+    assert float(relative) == pytest.approx(expected / values[4:].mean(), rel=1e-4)
+    assert float(oscillation(jnp.asarray(values, jnp.float32), jnp.int32(2))[0]) == 0.0
+    assert float(oscillation(jnp.asarray(values, jnp.float32), jnp.int32(99))[0]) > 10  # older values are seen now
+
+
+def test_the_probe_sees_how_the_critics_loss_swings():
+    experiment = tiny(method="wgan-gp")
+    state, _ = run(experiment, [1], 4)
+    found = experiment.probe(state)
+    losses = np.asarray(state.critic.monitor.window[0])[-int(state.critic.monitor.clock("accepted")) :]
+    line = np.polyval(np.polyfit(np.arange(len(losses)), losses, 1), np.arange(len(losses)))
+    assert float(found["stability/loss_oscillation"]) == pytest.approx(np.std(losses - line), rel=1e-3)
 
 
 def test_share_of_weights_at_the_clipping_limit():
