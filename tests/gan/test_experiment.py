@@ -259,7 +259,8 @@ def test_gradients_by_a_critics_layers_are_those_of_the_chain_rule():
 
 
 def test_oscillation_is_around_the_line_and_of_the_values_that_there_are():
-    values = np.r_[[50.0] * 4, 2.0 + 0.5 * np.arange(8) + 0.1 * (-1.0) ** np.arange(8)]  # four of the window are not yet
+    # the window still lacks four values
+    values = np.r_[[50.0] * 4, 2.0 + 0.5 * np.arange(8) + 0.1 * (-1.0) ** np.arange(8)]
     line = np.polyval(np.polyfit(np.arange(8), values[4:], 1), np.arange(8))
     expected = np.std(values[4:] - line)
     swing, relative = oscillation(jnp.asarray(values, jnp.float32), jnp.int32(8))
