@@ -4,11 +4,16 @@ A step is a critic step of Algorithm 1 of WGAN-GP: fakes from the generator, the
 real batch that is given, its gradient, and Adam, in float32. The
 variants run in one process in short turns, so that whatever else the machine does falls on all of them; a ratio is the
 median over turns of the ratio within a turn. `jax` without a penalty is the base: with it a step shall cost at most
-1.7 times as much. PyTorch runs eagerly, double backward by `create_graph`, with as many threads (one, or one per core)
-as are faster here. JAX runs on one virtual device. On a GPU give --platform cuda: PyTorch is left out where it has no
-GPU. Needs PyTorch, unless --no-torch:
+1.7 times as much. On a CPU the same ratios are also of processor time (`cpu`), which a busy machine changes less than
+the clock's, and the compiler's count of operations is beside them (`operations`). PyTorch runs eagerly, double backward
+by `create_graph`, with as many threads (one, or one per core) as are faster here. JAX runs on one virtual device.
+Needs PyTorch, unless --no-torch:
 
     python benchmarks/gradient_penalty.py [--cases NAME ...] [--turns 15] [--out FILE.json]
+
+On an NVIDIA GPU (PyTorch is left out where it has none), in a few minutes:
+
+    python benchmarks/gradient_penalty.py --platform cuda --turns 31 --out gradient_penalty_gpu.json
 """
 
 from __future__ import annotations
@@ -45,8 +50,8 @@ LATENT = 128
 Step = Callable[[], None]
 
 
-def jax_steps(case: dict[str, Any], real: np.ndarray) -> dict[str, Step]:
-    """One call of each is one finished step."""
+def jax_steps(case: dict[str, Any], real: np.ndarray) -> tuple[dict[str, Step], dict[str, float]]:
+    """One call of each is one finished step; and the operations of each, as the compiler counts them."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -105,11 +110,15 @@ def jax_steps(case: dict[str, Any], real: np.ndarray) -> dict[str, Step]:
         return (optax.apply_updates(params, updates), moments), loss
 
     steps: dict[str, Step] = {}
+    operations: dict[str, float] = {}
     forms = {"jax": None, "jax-penalty": gradient_penalty, "jax-penalty-plain": gradient_penalty_plain}
     for name, penalty in forms.items():
         params = critic.init(jax.random.key(0), batch)["params"]
         state = [(params, optimizer.init(params)), 0]
-        compiled = jax.jit(partial(update, penalty), donate_argnums=0)
+        program = jax.jit(partial(update, penalty), donate_argnums=0)
+        compiled = program.lower(state[0], made, jax.random.key(0)).compile()
+        counted: Any = compiled.cost_analysis()
+        operations[name] = float(counted["flops"])
 
         def step(state: Any = state, compiled: Any = compiled) -> None:
             state[0], loss = compiled(state[0], made, jax.random.key(state[1]))
@@ -117,7 +126,7 @@ def jax_steps(case: dict[str, Any], real: np.ndarray) -> dict[str, Step]:
             jax.block_until_ready((state[0], loss))
 
         steps[name] = step
-    return steps
+    return steps, operations
 
 
 def torch_steps(case: dict[str, Any], real: np.ndarray, device: str) -> dict[str, Step]:
@@ -234,8 +243,13 @@ def faster_threads(step: Step) -> int:
     return chosen
 
 
-def measure(steps: dict[str, Step], turns: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of a step of each variant in each turn; a turn gives each about `seconds`."""
+def measure(
+    steps: dict[str, Step], turns: int, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Milliseconds of a step of each variant in each turn, by the clock and of processor time of this process.
+
+    A turn gives each variant about `seconds`.
+    """
     counts = {}
     for name, step in steps.items():
         step()
@@ -243,14 +257,16 @@ def measure(steps: dict[str, Step], turns: int, seconds: float) -> dict[str, lis
         step()
         counts[name] = max(1, round(seconds / (time.perf_counter() - begun)))
     found: dict[str, list[float]] = {name: [] for name in steps}
+    processor: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns):
         order = list(steps) if turn % 2 == 0 else list(steps)[::-1]
         for name in order:
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), time.process_time()
             for _ in range(counts[name]):
                 steps[name]()
+            processor[name].append(1000 * (time.process_time() - used) / counts[name])
             found[name].append(1000 * (time.perf_counter() - begun) / counts[name])
-    return found
+    return found, processor
 
 
 def ratio(found: dict[str, list[float]], over: str, base: str) -> dict[str, Any]:
@@ -258,6 +274,18 @@ def ratio(found: dict[str, list[float]], over: str, base: str) -> dict[str, Any]
     ratios = [first / second for first, second in zip(found[over], found[base], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
     return {"median": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]]}
+
+
+def ratios_of(found: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """What is compared, with or without PyTorch."""
+    pairs = {"penalty": ("jax-penalty", "jax"), "plain_penalty": ("jax-penalty-plain", "jax")}
+    if "torch" in found:
+        pairs |= {
+            "torch_penalty": ("torch-penalty", "torch"),
+            "jax_to_torch": ("jax", "torch"),
+            "jax_to_torch_with_penalty": ("jax-penalty", "torch-penalty"),
+        }
+    return {name: ratio(found, over, base) for name, (over, base) in pairs.items()}
 
 
 def main() -> None:
@@ -280,7 +308,7 @@ def main() -> None:
         case = CASES[name]
         rng = np.random.default_rng(0)
         real = rng.standard_normal((case["batch"], *case["shape"])).astype(np.float32)
-        steps = jax_steps(case, real)
+        steps, operations = jax_steps(case, real)
         threads = 0
         if not options.no_torch:
             import torch
@@ -289,22 +317,18 @@ def main() -> None:
             if device == options.platform:
                 steps |= torch_steps(case, real, device)
                 threads = faster_threads(steps["torch-penalty"])
-        found = measure(steps, options.turns, options.seconds)
-        ratios = {
-            "penalty": ratio(found, "jax-penalty", "jax"),
-            "plain_penalty": ratio(found, "jax-penalty-plain", "jax"),
-        }
-        if "torch" in found:
-            ratios["torch_penalty"] = ratio(found, "torch-penalty", "torch")
-            ratios["jax_to_torch"] = ratio(found, "jax", "torch")
-            ratios["jax_to_torch_with_penalty"] = ratio(found, "jax-penalty", "torch-penalty")
+        found, processor = measure(steps, options.turns, options.seconds)
+        ratios = ratios_of(found)
         cases[name] = {
             "case": {key: list(value) if isinstance(value, tuple) else value for key, value in case.items()},
             "steps_per_second": {key: 1000 / statistics.median(values) for key, values in found.items()},
             "ratios": ratios,
+            "operations": {key: value / operations["jax"] for key, value in operations.items()},
             "torch_threads": threads,
             "within_limit": ratios["penalty"]["median"] <= LIMIT,
         }
+        if options.platform == "cpu":
+            cases[name]["ratios_of_cpu_time"] = ratios_of(processor)
         line = ", ".join(f"{key} {value['median']:.2f}" for key, value in ratios.items())
         print(f"{name}: {line}; steps/s {cases[name]['steps_per_second']}", flush=True)
     document = {
