@@ -219,8 +219,8 @@ def test_thermostats_reach_their_temperature(name: str, conserved: bool) -> None
 
 
 @pytest.mark.slow
-def test_nve_agrees_with_jax_md() -> None:
-    """An independent velocity Verlet, in its own units."""
+def test_nve_and_baoab_agree_with_jax_md() -> None:
+    """An independent velocity Verlet, in its own units; and its Langevin step with the same normal numbers."""
     simulate = pytest.importorskip("jax_md.simulate")
     space = pytest.importorskip("jax_md.space")
     state, dt = replica(), 0.5
@@ -234,6 +234,16 @@ def test_nve_agrees_with_jax_md() -> None:
     # jax-md rounds its time step to float32: 6e-8 of the way that is gone in 10 fs.
     np.testing.assert_allclose(ours.position, theirs.position, atol=1e-8)
     np.testing.assert_allclose(ours.velocity, theirs.velocity / unit, atol=1e-8)
+
+    damping, temperature = 0.02, 400.0
+    kT = BOLTZMANN * temperature
+    init, apply = simulate.nvt_langevin(lambda x, **_: forces(x)[0], space.free()[1], dt / unit, kT, damping * unit)
+    theirs = init(KEY, state.position, mass=MASSES[:, None], momenta=MASSES[:, None] * state.velocity * unit)
+    noise = jax.random.split(theirs.rng)[1]
+    stepped = LangevinBAOAB(dt, temperature, damping).step(forces, MASSES, state, noise)
+    theirs = apply(theirs)
+    np.testing.assert_allclose(stepped.position, theirs.position, atol=1e-8)
+    np.testing.assert_allclose(stepped.velocity, theirs.velocity / unit, atol=1e-8)
 
 
 # --- the start --------------------------------------------------------------------------------------------------------
