@@ -125,6 +125,37 @@ def test_released_residual_is_biased_and_the_others_are_not() -> None:
     assert abs(estimate("released", minibatch=4)) > 3 * abs(exact)
 
 
+def test_a_spring_is_recovered_from_the_distances_of_two_particles() -> None:
+    """p(r) ~ r^2 exp(-b (r - r0)^2 / 2 kT): both parameters from h(r) alone, each step on 2,000 exact samples."""
+    grid, width = jnp.linspace(0.5, 1.5, 4001), 0.02
+    middles = jnp.linspace(0.6, 1.4, 81)
+
+    def spring(theta: jax.Array, r: jax.Array) -> jax.Array:
+        return theta[1] * (r - theta[0]) ** 2 / 2
+
+    def density(theta: jax.Array) -> jax.Array:
+        return jax.nn.softmax(2 * jnp.log(grid) - spring(theta, grid) / KT)
+
+    def curve(r: jax.Array) -> jax.Array:
+        return jnp.exp(-0.5 * ((r[..., None] - middles) / width) ** 2)
+
+    truth = jnp.asarray([1.0, 5.0])
+    target = density(truth) @ curve(grid)
+
+    @jax.jit
+    def step(theta: jax.Array, key: jax.Array) -> jax.Array:
+        places = jnp.searchsorted(jnp.cumsum(density(theta)), jax.random.uniform(key, (2000,)))
+        r = grid[jnp.minimum(places, 4000)]
+        slope = boltzmann_gradient(spring, theta, r, curve(r), squared_error_cotangent(target), kT=KT, chunk_size=2000)
+        return theta - jnp.asarray([3e-4, 1.0]) * slope  # the stiffness moves h(r) less, by its own scale
+
+    theta = jnp.asarray([0.95, 3.0])
+    for number in range(300):
+        theta = step(theta, jax.random.key(number))
+    # 2,000 samples a step know the mean to 0.2 % and the width to 2 %.
+    np.testing.assert_array_less(jnp.abs(theta / truth - 1), jnp.asarray([0.01, 0.1]), err_msg=f"{theta}")
+
+
 # --- algebra ----------------------------------------------------------------------------------------------------------
 
 

@@ -216,6 +216,13 @@ def test_thermostats_reach_their_temperature(name: str, conserved: bool) -> None
     measured = float(jnp.mean(temperature_of(frames.velocity[:, 40:], MASSES, f)))
     # 64 times some 6 independent values of a temperature that varies by sqrt(2 / f) = 58 %: 3 %, three of them.
     assert measured == pytest.approx(500.0, rel=0.1)
+    if name == "baoab":
+        # Positions are canonical too: the configurational temperature <|grad U|^2> / k <div grad U>.
+        x = frames.position[:, 40::4].reshape(-1, 12)
+        energy = lambda x: springs(STIFFNESS, x.reshape(4, 3))[0]  # noqa: E731
+        both = jax.jit(jax.vmap(lambda x: (jnp.sum(jax.grad(energy)(x) ** 2), jnp.trace(jax.hessian(energy)(x)))))
+        squared, divergence = both(x)
+        assert float(jnp.mean(squared) / jnp.mean(divergence)) / BOLTZMANN == pytest.approx(500.0, rel=0.1)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import jax
@@ -39,6 +40,33 @@ def _float64() -> Iterator[None]:
 def test_schnet_has_the_papers_number_of_parameters() -> None:
     shapes = jax.eval_shape(Potential("s", SchNet(), SYSTEM, 5.0, EnergyScale(1.0, {})).init, jax.random.key(0))
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == 117_953
+
+
+@pytest.mark.usefixtures("_float64")
+def test_schnet_is_its_formulas_written_out() -> None:
+    """NumPy, atom by atom and neighbour by neighbour, as the StABlE paper's SchNet is defined."""
+    params: Any = SMALL.init(jax.random.key(0))
+
+    def layer(place: Any, x: np.ndarray) -> np.ndarray:
+        return x @ np.asarray(place["kernel"], float) + np.asarray(place.get("bias", 0.0), float)
+
+    def ssp(x: np.ndarray) -> np.ndarray:
+        return np.log1p(np.exp(x)) - np.log(2)
+
+    features = np.asarray(params["elements"]["embedding"], float)[SYSTEM.species]
+    for number in range(2):
+        block = params[f"interaction_{number}"]
+        values, gained = layer(block["values"], features), np.zeros_like(features)
+        for i in range(6):
+            for j in range(6):
+                d = np.linalg.norm(X[i] - X[j])
+                if i != j and d <= 5.0:
+                    e = np.exp(-((d - np.linspace(0, 5, 25)) ** 2) / (2 * (5 / 24) ** 2))
+                    w = layer(block["filter_out"], ssp(layer(block["filter_in"], e))) * (np.cos(np.pi * d / 5) + 1) / 2
+                    gained[i] += w * values[j]
+        features = features + layer(block["update_out"], ssp(layer(block["update_in"], gained)))
+    expected = 2.0 * layer(params["energy"], ssp(layer(params["hidden"], features)))[:, 0]
+    np.testing.assert_allclose(SMALL.energy_per_atom(params, jnp.asarray(X)), expected, atol=1e-12)
 
 
 @pytest.mark.usefixtures("_float64")
