@@ -106,6 +106,15 @@ CATALOGUE: dict[str, DatasetInfo] = {
                 "of pictures per class",
             tfds_name="imagenet2012", tfds_splits=("train", "validation"), crop="centre",
         ),
+        *(
+            DatasetInfo(
+                f"imagenet{size}", f"ImageNet (ILSVRC 2012) at {size}x{size}", size, 3, 1000, (), 1_281_167, 50_000,
+                (OfficialFile("train"), OfficialFile("val")), "https://image-net.org/download-images",
+                put="train/ and val/ with a folder of pictures per class",
+                tfds_name="imagenet2012", tfds_splits=("train", "validation"), crop="centre",
+            )
+            for size in (128, 256)
+        ),
         DatasetInfo(
             "mnist", "MNIST digits", 28, 1, 10, DIGITS, 60_000, 10_000,
             _idx_files("f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",

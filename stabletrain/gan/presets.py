@@ -69,9 +69,15 @@ BY_SIZE: Mapping[int, Values] = {
 BIRDS: Values = {"steps": 40_000, "ema_start": 4000, "generator_width": 80, "discriminator_width": 80}
 """CUB-200 at 128 pixels, beyond `BY_SIZE`."""
 
+IMAGENET = ("imagenet", "imagenet128", "imagenet256")
+"""Names that ImageNet's images go by: the user's own files, and the catalogue's."""
+
 D2DCE_BY_SIZE: Mapping[int, Values] = {
     64: {"class_weight": 0.75, "positive_margin": 1.0, "temperature": 0.75, "embedding_dim": 768},
     128: {"class_weight": 1.0, "positive_margin": 0.98, "temperature": 0.5, "embedding_dim": 2048},
+}  # fmt: skip
+D2DCE_STYLES_IMAGENET: Values = {
+    "batch_size": 256, "d_steps": 1, "class_weight": 0.5, "positive_margin": 0.9, "embedding_dim": 2048,
 }  # fmt: skip
 D2DCE_BIRDS: Values = {"class_weight": 0.25, "positive_margin": 0.95, "temperature": 0.25, "embedding_dim": 1024}
 CONTRASTIVE_BY_SIZE: Mapping[int, Values] = {64: {"embedding_dim": 768}, 128: {"embedding_dim": 1536}}
@@ -181,8 +187,7 @@ PRESETS: dict[str, Preset] = {
          "positive_margin": 0.98, "embedding_dim": 512},
         "stylegan2", {**STYLEGAN2_CIFAR, "d_steps": 2}, SMALL_STYLES, {64: STYLEGAN2_LARGE},
         {"cub200": {"r1_weight": 0.2048, "steps": 100_000, "positive_margin": 0.95, "embedding_dim": 1024},
-         "imagenet": {"batch_size": 256, "d_steps": 1, "class_weight": 0.5, "positive_margin": 0.9,
-                      "embedding_dim": 2048}},
+         **{name: D2DCE_STYLES_IMAGENET for name in IMAGENET}},
     ),
     "wgan-gp": Preset(
         "WGAN-GP: Wasserstein critic with a gradient penalty (Gulrajani et al. 2017).",

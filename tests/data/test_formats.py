@@ -484,6 +484,17 @@ def test_downsampled_imagenet(tmp_path: Path, home: Path, compressed: bool) -> N
         load_dataset("imagenet64", data=str(tmp_path))
 
 
+@pytest.mark.parametrize("size", [128, 256])
+def test_imagenet_of_pictures_in_the_cache(size: int) -> None:
+    """A folder of pictures per class, cropped to the name's size; both splits, without being told where they are."""
+    folder = official_folder(CATALOGUE[f"imagenet{size}"])
+    picture = encoded(np.zeros((150, 300, 3), np.uint8), "JPEG")
+    write_files(folder, {f"{part}/n0144{i}/{i}.JPEG": picture for part in ("train", "val") for i in range(3)})
+    dataset = load_dataset(f"imagenet{size}")
+    assert (len(dataset.train), len(dataset.test), dataset.spec.num_classes) == (3, 3, 3)
+    assert whole(dataset.train).shape == (3, size, size, 3)
+
+
 def test_official_files_in_the_cache_are_found_by_name() -> None:
     """An archive, the four idx files, and anything else that --data would take."""
     for name in ("cifar10", "mnist", "tiny-imagenet"):

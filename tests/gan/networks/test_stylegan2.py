@@ -381,7 +381,9 @@ def test_presets_are_published_settings():
     assert (birds.path_length_every, birds.r1_weight, birds.ema_half_life) == (4, 0.2048, 20)
     assert (birds.class_weight, birds.positive_margin, birds.temperature) == (0.25, 0.95, 0.25)
     assert (birds.embedding_dim, birds.batch_size, birds.d_steps, birds.steps) == (1024, 64, 2, 100_000)
-    imagenet = resolve(GanConfig(method="stylegan2-d2dce", dataset="imagenet", image_size=128))
+    imagenet = resolve(GanConfig(method="stylegan2-d2dce", dataset="imagenet128"))
+    own = resolve(GanConfig(method="stylegan2-d2dce", dataset="imagenet", data="pictures", image_size=128))
+    assert own.embedding_dim == imagenet.embedding_dim
     assert (imagenet.class_weight, imagenet.positive_margin, imagenet.temperature) == (0.5, 0.9, 0.25)
     assert (imagenet.embedding_dim, imagenet.batch_size, imagenet.d_steps) == (2048, 256, 1)
     given = resolve(GanConfig(method="stylegan2-d2dce", dataset="cub200", style_mixing=0.5, network="stylegan2"))
