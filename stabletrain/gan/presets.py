@@ -187,7 +187,7 @@ PRESETS: dict[str, Preset] = {
          "positive_margin": 0.98, "embedding_dim": 512},
         "stylegan2", {**STYLEGAN2_CIFAR, "d_steps": 2}, SMALL_STYLES, {64: STYLEGAN2_LARGE},
         {"cub200": {"r1_weight": 0.2048, "steps": 100_000, "positive_margin": 0.95, "embedding_dim": 1024},
-         **{name: D2DCE_STYLES_IMAGENET for name in IMAGENET}},
+         **dict.fromkeys(IMAGENET, D2DCE_STYLES_IMAGENET)},
     ),
     "wgan-gp": Preset(
         "WGAN-GP: Wasserstein critic with a gradient penalty (Gulrajani et al. 2017).",
