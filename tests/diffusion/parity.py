@@ -14,7 +14,9 @@ from stabletrain.diffusion import samplers
 from stabletrain.diffusion.guidance import guided
 from stabletrain.diffusion.learned_variance import LearnedVarianceDDPM
 from stabletrain.diffusion.processes import PROCESSES
+from stabletrain.diffusion.uvit import UViT
 from tests.diffusion.cases import (
+    SMALL_UVIT,
     TRAINING_STEPS,
     TRAJECTORY_NETWORKS,
     UNET_CASES,
@@ -27,7 +29,7 @@ from tests.diffusion.cases import (
     trajectory_inputs,
 )
 from tests.diffusion.sampler_reference import GUIDANCE, TRAJECTORIES
-from tests.diffusion.weights import by_name, filled, summary_of, wave
+from tests.diffusion.weights import by_name, filled, inputs, summary_of, wave
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-9
@@ -56,6 +58,29 @@ def our_numbers(kind: str, name: str) -> dict[str, np.ndarray]:
         (_, out), (by_params, by_images) = differentiated(jax.tree.map(jnp.asarray, params), jnp.asarray(images))
         gradients = summary_of({key: np.asarray(value) for key, value in by_name(by_params).items()})
         return {"output": np.asarray(out), "images": np.asarray(by_images), "gradients": gradients}
+
+
+RELEASED = [
+    f"{scaling}{labels}{mlp}"
+    for labels in ("", "-labels")
+    for scaling, mlp in (*((name, "") for name in ("none", "sqrt2", "cs", "ls", "ls-per-skip")), ("cs", "-time-mlp"))
+]
+"""Cases whose outputs the authors' own network gave, with kappa 0.5."""
+
+
+def released(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Our output and the authors' for the same weights."""
+    mlp, labelled = name.endswith("-time-mlp"), "-labels" in name
+    scaling = name.removesuffix("-time-mlp").removesuffix("-labels")
+    values = {**SMALL_UVIT, "depth": 6, "num_classes": 3 if labelled else 0, "skip_scaling": scaling, "kappa": 0.5}
+    network = UViT(**values, time_mlp=mlp, final_convolution=not mlp)
+    images, times, labels = inputs(8, 2, network.num_classes)
+    with jax.enable_x64(True):
+        args = jnp.asarray(images), jnp.asarray(times), None if labels is None else jnp.asarray(labels)
+        params = filled(jax.eval_shape(network.init, jax.random.key(0), *args)["params"])
+        out = network.apply({"params": params}, *args)
+    with np.load(FIXTURES / "uvit_released.npz") as archive:
+        return {"output": np.asarray(out)}, {"output": archive[name]}
 
 
 def our_course(name: str) -> dict[str, np.ndarray]:

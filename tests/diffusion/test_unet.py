@@ -110,6 +110,15 @@ def test_group_norm_adds_the_epsilon_that_was_asked_for(epsilon):
     np.testing.assert_allclose(out, x / np.sqrt(1e-6 + epsilon), rtol=1e-5)
 
 
+def test_group_norm_takes_the_mean_out_before_it_squares():
+    """E[x^2] - E[x]^2 in float32 would be wrong by some per cent here."""
+    x = 1e3 + np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)  # one group
+    norm = group_norm(4, 1e-5, None, "norm")
+    out = norm.apply({"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}, jnp.asarray(x))
+    exact = (x - x.mean(dtype=np.float64)) / np.sqrt(x.var(dtype=np.float64) + 1e-5)
+    np.testing.assert_allclose(out, exact, atol=1e-3)  # the mean is known to 6e-5
+
+
 @pytest.mark.parametrize("style", ["iddpm", "adm", "ddpm++"])
 def test_kernels_start_with_the_variance_that_the_style_says(style):
     """The theory laboratory counts on `variance`; a uniform draw of 64 x 64 entries measures it to some per cent."""
