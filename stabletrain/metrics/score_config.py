@@ -45,6 +45,14 @@ class ScoreConfig(TrainConfig):
         identity=False,
     )
 
+    inception_resize: str | None = option(
+        None,
+        "How images come to the Inception's 299 pixels: as its own graph has it (tf1-bilinear, the default), or as "
+        "pytorch-fid and PyTorch-StudioGAN do.",
+        panel=PANEL,
+        choices=("tf1-bilinear", "pytorch-fid"),
+    )
+
     def check(self) -> None:
         """Raises: `ConfigError` for options that contradict each other or would do nothing."""
         from stabletrain.errors import ConfigError
@@ -66,6 +74,8 @@ def score_problems(config: ScoreConfig) -> Iterator[str]:
     """What is wrong with these options, each as the sentence that the user reads."""
     if config.inception and config.extractor == "classifier":
         yield "--inception does nothing with --extractor classifier"
+    if config.inception_resize and chosen_extractor(config) != "inception":
+        yield "--inception-resize is of the 2015 Inception's features: add --extractor inception"
     if config.eval_samples and config.eval_samples < FEWEST:
         yield f"--eval-samples {config.eval_samples} is too few for a score: at least {FEWEST}, or 0 for none"
     if len(set(config.scores)) < len(config.scores):

@@ -45,7 +45,7 @@ def extractor_for(config: ScoreConfig, dataset: Dataset, context: EvaluationCont
     if chosen_extractor(config) == "inception":
         from stabletrain.metrics.inception import load_inception
 
-        return load_inception(config.inception)
+        return load_inception(config.inception, resize=config.inception_resize or "tf1-bilinear")
     return dataset_classifier(dataset, seed=0, context=context)
 
 

@@ -47,6 +47,7 @@ NONSENSE = [
     ({"standing_batches": 4}, "--standing-batches needs --batch-norm standing"),
     ({"generator_norm": "none", "batch_norm": "batch"}, "--batch-norm needs a generator with batch normalisation"),
     ({"discriminator_attention": [1]}, "--discriminator-attention does nothing with --network mlp"),
+    ({"inception_resize": "pytorch-fid"}, "--inception-resize is of the 2015 Inception's features"),
     ({"method": "wgan-gp", "scores": ["intra-fd"]}, "needs samples with labels"),
     ({"dataset": "swissroll", "method": "wgan-gp", "augmentation": "diffaug"}, "is of images"),
     ({"dataset": "swissroll", "method": "wgan-gp", "network": "random"}, "makes no points"),

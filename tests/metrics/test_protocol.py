@@ -65,3 +65,15 @@ def test_record_is_json_and_whole():
 def test_unknown_values_name_the_nearest(field, value, near):
     with pytest.raises(ConfigError, match=f"unknown {field} {value!r}.*{near}"):
         dataclasses.replace(CLASSIFIER, **{field: value})
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, "tf1-bilinear"), ("pytorch-fid", "pytorch-fid")])
+def test_the_configured_resize_reaches_the_inception(monkeypatch: pytest.MonkeyPatch, asked: str | None, used: str):
+    """As its own graph has it unless asked; the published GANs of PyTorch-StudioGAN were judged the other way."""
+    from stabletrain.gan.config import GanConfig
+    from stabletrain.metrics import inception, scoring
+
+    seen = []
+    monkeypatch.setattr(inception, "load_inception", lambda path, *, resize: seen.append((path, resize)))
+    scoring.extractor_for(GanConfig(inception="weights.pth", inception_resize=asked), None)  # type: ignore[arg-type]
+    assert seen == [("weights.pth", used)]
