@@ -28,6 +28,9 @@ class OpenReporter(Reporter, Protocol):
 
     def __exit__(self, *_: object) -> None: ...
 
+    def note(self, text: str) -> None:
+        """Says something before a run has started."""
+
 
 def make_reporter(*, quiet: bool, stream: TextIO | None = None) -> OpenReporter:
     """The reporter for this stream (stderr): nothing, bars on a terminal, or lines."""
@@ -113,6 +116,8 @@ class SilentReporter:
 
     def __exit__(self, *_: object) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
     def started(self, *, run_dir: Path, first_step: int, total_steps: int, notes: list[str]) -> None: ...
 
     def logged(self, *, step: int, row: Mapping[str, Any]) -> None: ...
@@ -145,6 +150,10 @@ class LineReporter:
     def _say(self, text: str) -> None:
         self._said_at = time.monotonic()
         print(text, file=self._stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """Says it at once."""
+        self._say(text)
 
     def started(self, *, run_dir: Path, first_step: int, total_steps: int, notes: list[str]) -> None:
         """Says where the run is and what is unusual about its beginning."""
@@ -229,6 +238,10 @@ class BarReporter:
     def _say(self, text: str) -> None:
         # No markup: a path or a message may hold brackets.
         self._console.print(text, markup=False)
+
+    def note(self, text: str) -> None:
+        """Says it at once."""
+        self._say(text)
 
     def started(self, *, run_dir: Path, first_step: int, total_steps: int, notes: list[str]) -> None:
         """Says where the run is, what is unusual about its beginning, and starts the bar."""

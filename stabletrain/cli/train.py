@@ -114,6 +114,11 @@ def execute(family: Family, config: TrainConfig, path: Path, *, reporter: OpenRe
     from stabletrain.training.run_directory import RunDirectory
     from stabletrain.training.signals import StopRequest
 
+    if family.needs is not None and (needed := family.needs(config)) is not None:
+        reporter.note(needed.message)
+        first = execute(family, needed.config, needed.path, reporter=reporter)
+        if first.exit_code:
+            return first
     # What stands there is checked first: it costs nothing and the rest can take a while.
     run = RunDirectory.create(path, family.name, config) if path.exists() and not fresh else None
     configure_backend(config.devices, config.batch_size)
@@ -157,6 +162,8 @@ def show_plan(family: Family, resolved: Resolved, path: Path, *, as_json: bool) 
 
     config = resolved.config
     _refuse_to_download(config)
+    if family.needs is not None and (needed := family.needs(config)) is not None:
+        raise ConfigError(f"{needed.message}; a dry run trains nothing, and without it the cost is not known")
     configure_backend(config.devices, config.batch_size, compile_cache=False)
     try:
         cost = estimate(family.build(config, mesh=make_mesh(config.devices, config.batch_size)))

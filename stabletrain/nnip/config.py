@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,19 @@ from typing import Any
 
 from stabletrain.errors import ConfigError
 from stabletrain.nnip.stable_options import StableOptions, stable_problems
-from stabletrain.training.config import TrainConfig, option, read_toml, replace
+from stabletrain.training.config import (
+    TrainConfig,
+    identity,
+    make_config,
+    option,
+    read_toml,
+    replace,
+    run_name,
+    to_dict,
+)
+
+RUNS = Path("runs")
+"""Where the command line keeps runs, below the working directory."""
 
 NETWORK, OPTIMISER, DATA = "Potential", "Optimiser", "Data"
 ENERGY_LOSSES, FORCE_LOSSES = ("total", "per-atom"), ("squared", "length")
@@ -29,7 +43,9 @@ FROM_BASE = ("dataset", "data", "energy_unit", "length_unit", "train_frames", "t
 class NnipConfig(StableOptions, TrainConfig):
     """Training an interatomic potential on energies and forces, and StABlE Training of one."""
 
-    dataset: str = option("ethanol-xtb", "Data set: ethanol-xtb is bundled, water-flexible is made once.", panel=DATA)
+    dataset: str = option(
+        "aspirin-xtb", "Data set: aspirin-xtb and ethanol-xtb are bundled, water-flexible is made once.", panel=DATA
+    )
     data: str | None = option(None, "Your own frames: .npz (R, E, F, z) or a file that ASE reads.", panel=DATA)
     energy_unit: str | None = option(
         None,
@@ -142,10 +158,13 @@ def resolve(config: NnipConfig) -> NnipConfig:
     Raises: `ConfigError` for a base that is no run of this family, or that other options contradict.
     """
     chosen: dict[str, Any] = dict(SMALL)
+    if config.stable and config.base is None:
+        wanted = default_base(config)
+        config = replace(config, base=(newest_run_of(wanted) or default_base_path(wanted)).as_posix())
     if config.base is not None:
         config = replace(config, base=config.base.replace("{seed}", str(config.seed)))
         assert config.base is not None
-        base = _base_values(config.base)
+        base = _base_values(config)
         defaults = {f.name: f.default for f in dataclasses.fields(config)}
         for name in FROM_BASE:
             given = getattr(config, name)
@@ -178,16 +197,46 @@ def resolve(config: NnipConfig) -> NnipConfig:
     return replace(config, **fill)
 
 
-def _base_values(named: str) -> dict[str, Any]:
-    for path in (Path(named), Path("runs") / named):
+def _base_values(config: NnipConfig) -> dict[str, Any]:
+    named = config.base
+    assert named is not None
+    for path in (Path(named), RUNS / named):
         if (path / "config.toml").is_file():
             values = read_toml(path / "config.toml")
             if values.get("family") != "nnip":
                 raise ConfigError(f"--base {named} is a run of {values.get('family')}, not of nnip")
             return values
+    if config.stable and Path(named) == default_base_path(wanted := default_base(config)):
+        return to_dict(wanted)
     raise ConfigError(f"--base {named}: there is no run directory of that name")
+
+
+def default_base(config: NnipConfig) -> NnipConfig:
+    """What `stabletrain nnip` with the same data and network trains: the base of StABlE Training without --base."""
+    values = {name: getattr(config, name) for name in (*FROM_BASE, "seed", "split_seed")}
+    return resolve(make_config(NnipConfig, values))
+
+
+def default_base_path(base: NnipConfig) -> Path:
+    """Where that run is kept unless --out says otherwise."""
+    return RUNS / run_name(base, "nnip")
+
+
+def newest_run_of(base: NnipConfig) -> Path | None:
+    """The newest finished run of this configuration and seed in ./runs, whatever its name; None where there is none."""
+    names = [*identity(base), "seed"]
+    wanted = {name: value for name, value in to_dict(base).items() if name in names and value is not None}
+    found = []
+    for file in RUNS.glob("*/config.toml"):
+        status = file.with_name("status.json")
+        with contextlib.suppress(ConfigError, OSError, ValueError):  # what cannot be read is no base
+            stored = read_toml(file)
+            same = stored.get("family") == "nnip" and {n: v for n, v in stored.items() if n in names} == wanted
+            if same and json.loads(status.read_text(encoding="utf-8")).get("state") == "done":
+                found.append((status.stat().st_mtime, file.parent))
+    return max(found)[1] if found else None
 
 
 def base_path(named: str) -> Path:
     """The run directory that `--base` names."""
-    return next(path for path in (Path(named), Path("runs") / named) if (path / "config.toml").is_file())
+    return next(path for path in (Path(named), RUNS / named) if (path / "config.toml").is_file())

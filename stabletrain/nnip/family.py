@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
-from stabletrain.nnip.config import NnipConfig, base_path, resolve
+from stabletrain.nnip.config import NnipConfig, base_path, default_base, default_base_path, resolve
 from stabletrain.nnip.simulate import SUBCOMMANDS
-from stabletrain.training.experiment import Experiment, Family
+from stabletrain.training.experiment import Experiment, Family, Needed
 
 
 def build(config: NnipConfig, *, mesh: Any, data_spec: Any = None) -> Experiment:
@@ -50,12 +52,30 @@ def base_params(config: NnipConfig, *, mesh: Any) -> Any:
     return next(iter(base.weights(state).values()))
 
 
+def needs(config: NnipConfig) -> Needed | None:
+    """The base of StABlE Training that no --base named, where it is not there yet."""
+    if not config.stable:
+        return None
+    base = default_base(config)
+    path = default_base_path(base)
+    if config.base != path.as_posix() or is_done(path):
+        return None
+    return Needed(base, path, f"--stable without --base: the base {path} is not there and is trained first")
+
+
+def is_done(path: Path) -> bool:
+    """Whether a run there came to its end."""
+    status = path / "status.json"
+    return status.is_file() and json.loads(status.read_text(encoding="utf-8")).get("state") == "done"
+
+
 FAMILY = Family(
     name="nnip",
     help="Train an interatomic potential; StABlE Training makes simulations with it stable.",
     config=NnipConfig,
     build=build,
     resolve=resolve,
+    needs=needs,
     subcommands=SUBCOMMANDS,
     next_commands=("nnip benchmark {run}", "simulate {run}"),
 )

@@ -180,6 +180,11 @@ class StableExperiment:
         self._prepare_observable()
 
     @property
+    def notes(self) -> list[str]:
+        """What is told when a run starts."""
+        return [f"starts from the potential of {self.config.base}"]
+
+    @property
     def potential(self) -> Potential:
         """The potential that is simulated, with room for the neighbours seen so far."""
         assert self._simulator.potential is not None

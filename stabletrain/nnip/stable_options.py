@@ -21,10 +21,13 @@ class StableOptions:
     """What `stabletrain nnip --stable` adds, and how its dynamics run."""
 
     stable: bool = option(
-        False, "StABlE Training: simulate, and learn an observable from what fails. Needs --base.", panel=STABLE
+        False, "StABlE Training: simulate, and learn an observable from what fails; starts from --base.", panel=STABLE
     )
     base: str | None = option(
-        None, "Run directory of the trained potential to start from; {seed} in it stands for --seed.", panel=STABLE
+        None,
+        "Run directory of the trained potential to start from; {seed} in it stands for --seed. [default with "
+        "--stable: what the same command without --stable makes, found in ./runs or trained first]",
+        panel=STABLE,
     )
     replicas: int = option(16, "Copies of the system that are simulated at once.", panel=DYNAMICS, minimum=2)
     temperature: float = option(500.0, "Temperature in K.", panel=DYNAMICS, minimum=1.0)
@@ -100,8 +103,6 @@ class StableOptions:
 def stable_problems(config: StableOptions) -> list[str]:
     """What is wrong with these options together, each as the sentence that the user reads."""
     found = []
-    if config.stable and config.base is None:
-        found.append("--stable starts from a trained potential: name its run directory with --base")
     if config.window % config.frame_every:
         found.append(f"--frame-every {config.frame_every} does not divide --window {config.window}")
     if config.residual != "full-sample" and config.observable == "none":

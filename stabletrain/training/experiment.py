@@ -76,7 +76,8 @@ class Experiment(Protocol):
     def weights(self, state: State) -> Mapping[str, Any]:
         """The parameters to use and to export, the preferred ones first: `ema` where an average is kept, `raw`."""
 
-    # An experiment may also have `events(metrics) -> Sequence[Mapping]`: what a step decided, told from its metrics
+    # An experiment may also have `notes`, lines that are told when a run starts: what it goes on from, and
+    # `events(metrics) -> Sequence[Mapping]`: what a step decided, told from its metrics
     # (those under `monitor/` stand in no row), each with `kind` and usually `message`. The loop writes them down.
 
 
@@ -86,6 +87,16 @@ class Shorthand:
 
     help: str
     values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Needed:
+    """A run that is trained before the one that was asked for."""
+
+    config: TrainConfig
+    path: Path
+    message: str
+    """Why, as the user reads it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,8 @@ class Family:
     sample_options: type | None = None
     """A frozen dataclass of `option(...)` fields: what `stabletrain sample` takes besides the run directory."""
     subcommands: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    needs: Callable[[Any], Needed | None] | None = None
+    """`needs(config)` -> the run that a run of this config starts from, where it is still to be trained."""
     next_commands: tuple[str, ...] = ()
     """What to do with a finished run, besides showing, sampling and exporting it: `simulate {run}`."""
 

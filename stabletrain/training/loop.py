@@ -186,6 +186,7 @@ class _Session:
         elif again:
             notes.append("started again from step 0: the run had ended before its first checkpoint")
             self.journal.event(step, "restart", message=notes[-1], rows_dropped=dropped)
+        notes += getattr(self.experiment, "notes", ())
         notes += self.journal.begin_session(self.experiment, step, self.inner_steps)
         self.reporter.started(run_dir=self.run.path, first_step=step, total_steps=self.config.steps, notes=notes)
         self.journal.status("running", step)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import tomllib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stabletrain.cli import train as train_module
 from stabletrain.cli.families import all_families
-from stabletrain.errors import Interrupted
+from stabletrain.errors import DataError, Interrupted
 from stabletrain.training import checkpoints
-from stabletrain.training.experiment import Family, Outcome
+from stabletrain.training.config import make_config
+from stabletrain.training.experiment import Family, Needed, Outcome
+from stabletrain.training.run_directory import RunDirectory
 from tests.cli.conftest import Command
+from tests.cli.toy import FAMILY, CommandToyConfig, resolve
 from tests.training.toy import StopAfter
 
 
@@ -237,3 +243,29 @@ def test_what_comes_next_is_what_a_run_of_the_family_can_do(command: Command, fa
     for line in said:  # each is a command that the program has
         arguments = line.removeprefix("stabletrain ").replace(" r", " ").replace("--out DIR", "").split()
         assert command(*arguments, "--help").code == 0
+
+
+def test_a_run_that_another_starts_from_is_trained_first_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = resolve(make_config(CommandToyConfig, {"steps": 2}))
+    path = tmp_path / "first"
+
+    def needs(config: Any) -> Needed | None:
+        return None if config == first or path.exists() else Needed(first, path, "the first is missing")
+
+    family = replace(FAMILY, needs=needs)
+    second = resolve(make_config(CommandToyConfig, {"steps": 3}))
+    for expected in (1, 0):
+        with train_module.make_reporter(quiet=False) as reporter:
+            outcome = train_module.execute(family, second, tmp_path / "second", reporter=reporter)
+        assert (outcome.status, outcome.step) == ("done", 3)
+        assert capsys.readouterr().err.count("the first is missing") == expected
+    assert RunDirectory.open(path).status["state"] == "done"
+
+    shutil.rmtree(path)
+    broken = resolve(make_config(CommandToyConfig, {"trouble": "data"}))
+    failing = replace(family, needs=lambda c: None if c == broken else Needed(broken, path, "the first is missing"))
+    with train_module.make_reporter(quiet=True) as reporter, pytest.raises(DataError, match="no toys at all"):
+        train_module.execute(failing, second, tmp_path / "third", reporter=reporter)
+    assert not (tmp_path / "third").exists()

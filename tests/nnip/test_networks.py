@@ -297,7 +297,18 @@ def test_room_grows_by_a_quarter_up_to_all_pairs() -> None:
 @EITHER
 def test_train_export_and_simulate_or_go_on_with_stable(name: str, tmp_path: Path) -> None:
     base, exported, stable = tmp_path / "base", tmp_path / "exported", tmp_path / "stable"
-    small = ["--features", "4", "--interactions", "1", "--train-frames", "4", "--test-frames", "4"]
+    small = [
+        "--dataset",
+        "ethanol-xtb",
+        "--features",
+        "4",
+        "--interactions",
+        "1",
+        "--train-frames",
+        "4",
+        "--test-frames",
+        "4",
+    ]
     quiet = ["--quiet", "--devices", "1", "--log-every", "1"]
     assert run(["nnip", "--model", name, *small, "--steps", "1", "--out", str(base), *quiet]) == 0
     assert run(["export", str(base), "--out", str(exported)]) == 0

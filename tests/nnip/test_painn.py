@@ -112,7 +112,8 @@ def test_forces_vanish_at_the_cutoff_and_are_finite_where_atoms_coincide() -> No
 
 
 def test_training_reduces_the_force_error() -> None:
-    values = {"model": "painn", "features": 8, "interactions": 1, "train_frames": 10, "test_frames": 10, "steps": 60}
+    values = {"dataset": "ethanol-xtb", "model": "painn", "features": 8, "interactions": 1, "train_frames": 10,
+              "test_frames": 10, "steps": 60}  # fmt: skip
     made = NnipExperiment(resolve(make_config(NnipConfig, {**values, "learning_rate": 1e-2})), mesh=make_mesh(1, 2))
     step, state = jax.jit(made.step), made.init(jax.random.key(0))
     losses = []
@@ -126,9 +127,25 @@ def test_training_reduces_the_force_error() -> None:
 def test_every_command_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Train, evaluate, export, simulate, benchmark, and StABlE Training from it."""
     base, exported, stable = tmp_path / "base", tmp_path / "exported", tmp_path / "stable"
-    small = ["--features", "4", "--interactions", "1", "--train-frames", "8", "--test-frames", "8"]
+    small = [
+        "--dataset",
+        "ethanol-xtb",
+        "--features",
+        "4",
+        "--interactions",
+        "1",
+        "--train-frames",
+        "8",
+        "--test-frames",
+        "8",
+    ]
     quiet = ["--quiet", "--devices", "1", "--log-every", "1"]
-    assert run(["nnip", "--model", "painn", *small, "--steps", "2", "--out", str(base), *quiet]) == 0
+    assert (
+        run(
+            ["nnip", "--dataset", "ethanol-xtb", "--model", "painn", *small, "--steps", "2", "--out", str(base), *quiet]
+        )
+        == 0
+    )
     capsys.readouterr()
     assert run(["evaluate", str(base), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

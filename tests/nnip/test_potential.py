@@ -18,7 +18,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from stabletrain.cli.main import run
 from stabletrain.errors import ConfigError, DataError
 from stabletrain.nnip.calculator import PotentialCalculator
-from stabletrain.nnip.config import NnipConfig, resolve
+from stabletrain.nnip.config import NnipConfig, default_base_path, resolve
+from stabletrain.nnip.family import needs
 from stabletrain.nnip.frames import KCAL_PER_MOL, read_frames, split
 from stabletrain.nnip.potential import EnergyScale, Potential
 from stabletrain.nnip.schnet import SchNet
@@ -265,8 +266,40 @@ def test_train_then_stable_then_benchmark_then_simulate(tmp_path: Path, capsys: 
     assert frames[0].info["time"] == pytest.approx(2.0)
 
 
-def test_a_stable_run_without_a_base_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["nnip", "--stable"]) == 2
-    assert "--base" in capsys.readouterr().err
+def test_stable_without_a_base_takes_the_newest_of_the_default_or_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The finished run of the same data, network and seed; a run of another kind or seed, or unfinished, is none."""
+    monkeypatch.chdir(tmp_path)
+    base = resolve(make_config(NnipConfig, {}))
+
+    def config(**values: Any) -> NnipConfig:
+        return resolve(make_config(NnipConfig, {"stable": True, **values}))
+
+    first = config()
+    assert first.base == default_base_path(base).as_posix()
+    assert resolve(first) == first
+    asked = needs(first)
+    assert asked is not None
+    assert (asked.config, asked.path) == (base, default_base_path(base))
+    assert "is trained first" in asked.message
+
+    def stored(name: str, state: str, **values: Any) -> None:
+        run = RunDirectory.create(tmp_path / "runs" / name, "nnip", resolve(make_config(NnipConfig, values)))
+        run.write_status(state, 1, 1)
+        run.release()
+
+    stored("unfinished", "running")
+    stored("smaller", "done", features=16)
+    stored("other-seed", "done", seed=1)
+    assert config() == first
+    stored("mine", "done")
+    assert config().base == "runs/mine"
+    assert needs(config()) is None
+    assert config(seed=1).base == "runs/other-seed"
+    assert config(features=16).base == "runs/smaller"
+    assert needs(config(features=8)) is not None
     assert run(["nnip", "--stable", "--base", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
+    assert run(["nnip", "--stable", "--features", "8", "--dry-run"]) == 2
+    assert "a dry run trains nothing" in capsys.readouterr().err

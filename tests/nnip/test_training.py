@@ -19,7 +19,15 @@ from stabletrain.nnip.stable_learning import energy_force_loss
 from stabletrain.training.config import make_config
 from stabletrain.training.devices import make_mesh
 
-TINY = {"features": 4, "interactions": 1, "train_frames": 6, "validation_frames": 3, "test_frames": 4, "batch_size": 3}
+TINY: dict[str, Any] = {
+    "dataset": "ethanol-xtb",
+    "features": 4,
+    "interactions": 1,
+    "train_frames": 6,
+    "validation_frames": 3,
+    "test_frames": 4,
+    "batch_size": 3,
+}
 CONTEXT: Any = SimpleNamespace(tick=lambda *_: None)
 
 
