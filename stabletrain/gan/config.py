@@ -33,6 +33,7 @@ class GanConfig(ScoreConfig):
 
     steps: int = option(0, "Number of training steps (generator updates); 0 chooses.", minimum=0)
     batch_size: int = option(0, "Examples in an update, over all devices; 0 chooses.", minimum=0)
+    generator_batch: int = option(0, "Fakes in a generator update; 0: as many as --batch-size.", minimum=0)
     image_size: int = option(
         0, "Crop and resize images to this many pixels; 0: as the data set has them.", panel="Data", minimum=0
     )

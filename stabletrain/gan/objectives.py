@@ -256,7 +256,7 @@ class Objectives:
         """The generator's loss with fresh fakes; `real` is the last batch that the discriminator saw."""
         config = self.config
         keys = jax.random.split(key, 6)
-        z, labels = self.draw(keys[0], len(real))
+        z, labels = self.draw(keys[0], config.generator_batch or len(real))
         variables = {"params": params, **statistics}
         fake, changed = self.generator(variables, z, labels, keys[1], train=True)
         augment = self.augmented(augment_probability)

@@ -386,6 +386,8 @@ def resolve(config: GanConfig) -> GanConfig:
         late["devices"] = 1
     filled = {name: value for name, value in late.items() if is_open(whole, name)}
     complete = _changed(whole, filled)
+    if is_open(complete, "generator_batch"):
+        complete = _changed(complete, {"generator_batch": complete.batch_size})
     unset = {
         name: fields_of(GanConfig)[name].default
         for name in fields_of(GanConfig)

@@ -216,6 +216,18 @@ def test_learning_rates():
     assert float(learning_rate_at(tiny_config(), 0.1, jnp.uint32(25))) == pytest.approx(0.1)
 
 
+def test_a_generator_update_draws_as_many_fakes_as_it_is_told():
+    """The gradient of a generator update on 3 B fakes is not that on B; the discriminator's updates are the same."""
+    assert tiny_config(batch_size=8).generator_batch == 8
+    states = [run(tiny(generator_batch=count), [1], 1)[0] for count in (0, 24)]
+    critics, generators = (
+        [np.concatenate([np.ravel(leaf) for leaf in leaves(getattr(state, part).params)]) for state in states]
+        for part in ("critic", "generator")
+    )
+    np.testing.assert_array_equal(*critics)
+    assert np.abs(generators[0] - generators[1]).max() > 0
+
+
 # --- indicators -------------------------------------------------------------------------------------------------------
 
 

@@ -401,6 +401,7 @@ NETWORKS: dict[str, NetworkSpec] = {
     "lsun-no-norm": _lsun("no-norm", "LSUN comparison: DCGAN without any normalisation."),
     "lsun-gated": _lsun("gated", "LSUN comparison: tanh times a sigmoid gate after every layer."),
     "lsun-tanh": _lsun("tanh", "LSUN comparison: tanh for every nonlinearity."),
+    "cifar-dcgan": _lsun("cifar", "DCGAN of WGAN-GP's CIFAR-10 curves: started as He et al., 128 wide as published."),
     "resnet101": NetworkSpec(
         help="101-layer bottleneck residual networks, for images of 64 pixels.",
         generator=_resnet101_generator,

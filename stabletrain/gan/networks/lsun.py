@@ -28,6 +28,8 @@ from stabletrain.gan.networks import NetworkOptions
 from stabletrain.gan.networks.tf_layers import Conv, Deconv, Linear, Norm
 
 LSUN_NAMES = ("dcgan", "plain-g", "mlp-g", "no-norm", "gated", "tanh", "resnet101")
+CIFAR = "cifar"
+"""The release's pair for CIFAR-10 (gan_cifar.py) beside the seven: DCGAN with other starts."""
 START = 0.02
 LEAK = 0.2
 BASE = 4
@@ -59,7 +61,8 @@ class DcganGenerator(nn.Module):
     """Latent [B, Z] -> images [B, size, size, channels]: a linear layer to 4x4, then 5x5 transposed convolutions.
 
     `activation`: "relu", "tanh" or "gated". The width halves with every doubling of the side; `constant_width` keeps
-    it at the base width and starts as He et al., as the pair plain-g does.
+    it at the base width and starts as He et al., as the pair plain-g does. `cifar` is the release's network for
+    CIFAR-10: the transposed convolutions start as He et al., the linear layer as Glorot, normalised unit by unit.
     """
 
     size: int
@@ -68,6 +71,7 @@ class DcganGenerator(nn.Module):
     norm: str = "batch"
     activation: str = "relu"
     constant_width: bool = False
+    cifar: bool = False
     dtype: Any = None
 
     @nn.compact
@@ -75,12 +79,15 @@ class DcganGenerator(nn.Module):
         del labels
         activate = _activation(self.activation, {"relu": nn.relu})
         copies = 2 if self.activation == "gated" else 1
-        start: str | float = "he" if self.constant_width else START
+        start: str | float = "he" if self.constant_width or self.cifar else START
+        linear_start = "glorot" if self.cifar else start
         stages = halvings(self.size)
         widths = [self.width if self.constant_width else self.width << place for place in reversed(range(stages))]
-        images = Linear(copies * widths[0] * BASE**2, start=start, dtype=self.dtype, name="start")(latent)
-        images = images.reshape(-1, BASE, BASE, copies * widths[0])
+        images = Linear(copies * widths[0] * BASE**2, start=linear_start, dtype=self.dtype, name="start")(latent)
+        if not self.cifar:
+            images = images.reshape(-1, BASE, BASE, copies * widths[0])
         images = activate(Norm(self.norm, name="norm_0")(images, train=train))
+        images = images.reshape(-1, BASE, BASE, widths[0])
         for number, features in enumerate(widths[1:], start=1):
             images = Deconv(copies * features, start=start, dtype=self.dtype, name=f"deconv_{number}")(images)
             images = activate(Norm(self.norm, name=f"norm_{number}")(images, train=train))
@@ -109,12 +116,13 @@ class DcganCritic(nn.Module):
     """Images [B, size, size, C] -> features [B, F]: 5x5 convolutions with stride 2 down to 4x4.
 
     `norm` stands after every convolution but the first. With the penalty it must be "layer" or "none".
-    `activation`: "leaky", "tanh" or "gated".
+    `activation`: "leaky", "tanh" or "gated". `start`: of the convolutions, see `tf_layers.fan_deviation`.
     """
 
     width: int = 64
     norm: str = "layer"
     activation: str = "leaky"
+    start: str | float = START
     dtype: Any = None
 
     @nn.compact
@@ -122,7 +130,8 @@ class DcganCritic(nn.Module):
         activate = _activation(self.activation, {"leaky": leaky})
         copies = 2 if self.activation == "gated" else 1
         for number in range(halvings(images.shape[1])):
-            images = Conv(copies * (self.width << number), 5, 2, START, dtype=self.dtype, name=f"conv_{number}")(images)
+            features = copies * (self.width << number)
+            images = Conv(features, 5, 2, self.start, dtype=self.dtype, name=f"conv_{number}")(images)
             if number:
                 images = Norm(self.norm, name=f"norm_{number}")(images, train=train)
             images = activate(images)
@@ -148,6 +157,7 @@ def lsun_generator(name: str, options: NetworkOptions) -> nn.Module:
         norm="none" if name in ("plain-g", "no-norm") else options.generator_norm,
         activation=name if name in ("gated", "tanh") else "relu",
         constant_width=name == "plain-g",
+        cifar=name == CIFAR,
         dtype=options.dtype,
     )
 
@@ -158,6 +168,7 @@ def lsun_critic(name: str, options: NetworkOptions) -> DcganCritic:
         width=options.discriminator_width,
         norm="none" if name == "no-norm" else options.discriminator_norm,
         activation=name if name in ("gated", "tanh") else "leaky",
+        start="he" if name == CIFAR else START,
         dtype=options.dtype,
     )
 
