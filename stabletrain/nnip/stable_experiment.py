@@ -332,7 +332,12 @@ class StableExperiment:
             progress=stored(progress),
             capacity=self._stored_room,
         )
-        return new, metrics | self._flags(plan, verdict, new, unstable)
+        newly = {
+            "monitor/stable/newly_unstable": float(np.sum(np.asarray(new.unstable) & ~unstable)),
+            "monitor/stable/newly_frozen": float(jnp.sum(start.alive & ~after.alive)),
+            "monitor/stable/reallocated": float(jnp.any(new.capacity != state.capacity)),
+        }
+        return new, metrics | newly | self._flags(plan, verdict, new)
 
     def _make_room(self, room: tuple[int, ...]) -> None:
         """The neighbour list as long as it was when the state was saved: another length is another program."""
@@ -448,7 +453,7 @@ class StableExperiment:
 
     # --- what is told -------------------------------------------------------------------------------------------------
 
-    def _flags(self, plan: Plan, verdict: Verdict, new: StableState, unstable: np.ndarray) -> dict[str, float]:
+    def _flags(self, plan: Plan, verdict: Verdict, new: StableState) -> dict[str, float]:
         """What `events` tells of, as numbers."""
         return {
             "monitor/stable/learning": float(plan.learning),
@@ -459,11 +464,11 @@ class StableExperiment:
             "monitor/stable/ended": float(verdict.ended),
             "monitor/stable/cycle": float(new.progress.cycle),
             "monitor/stable/rate": plan.learning_rate,
-            "monitor/stable/newly_unstable": float(np.sum(np.asarray(new.unstable) & ~unstable)),
         }
 
     def events(self, metrics: Metrics) -> list[dict[str, Any]]:
-        """The decisions of one step, from its metrics: phases, rewinding, restarts, learning rates, cycles."""
+        """The decisions of one step, from its metrics: phases, rewinding, restarts, learning rates, cycles, frames used
+        again, replicas that are frozen, neighbour lists made longer."""
 
         def flag(name: str) -> float:
             return float(metrics[f"monitor/stable/{name}"])
@@ -481,6 +486,12 @@ class StableExperiment:
             told.append({"kind": "random-restart", "replicas": int(metrics["stable/restarted"])})
         if flag("newly_unstable") and not flag("learning"):
             told.append({"kind": "unstable", "replicas": int(flag("newly_unstable"))})
+        if flag("newly_frozen"):
+            told.append({"kind": "frozen", "replicas": int(flag("newly_frozen"))})
+        if flag("reallocated"):
+            told.append({"kind": "reallocated", "message": "the neighbour list was too short: longer now"})
+        if (updates := int(metrics.get("stable/updates", 1))) > 1:
+            told.append({"kind": "reuse", "updates": updates})
         if flag("lowered") and not flag("ended"):
             rate = flag("rate") * self.schedule.factor
             told.append({"kind": "learning-rate", "rate": rate, "message": f"no fewer unstable: rate {rate:.2g}"})

@@ -241,10 +241,24 @@ def test_a_window_may_be_learnt_from_again_while_its_frames_stand_for_the_potent
         )
         after, metrics = stable.step(state, stable.batch(0))
         assert int(after.updates) == metrics["stable/updates"]
+        told = [event["updates"] for event in stable.events(metrics) if event["kind"] == "reuse"]
+        assert told == ([metrics["stable/updates"]] if metrics["stable/updates"] > 1 else [])
         return float(metrics["stable/updates"])
 
     assert updates(1e-4) == 3  # a potential that hardly moves
     assert updates(0.5) == 1  # one that is another after its first step
+
+
+def test_a_replica_that_is_frozen_and_a_longer_neighbour_list_are_told() -> None:
+    stable = experiment(params=TRUTH, restart_share=0.0)
+    state, _ = stable.step(fresh_state(stable), stable.batch(0))
+    fast = state.swarm.replicas.velocity.at[1].set(1e3)  # A / fs: further in a step than an atom may
+    swarm = dataclasses.replace(state.swarm, replicas=dataclasses.replace(state.swarm.replicas, velocity=fast))
+    _, metrics = stable.step(dataclasses.replace(state, swarm=swarm), stable.batch(1))
+    assert {"kind": "frozen", "replicas": 1} in stable.events(metrics)
+    assert "reallocated" not in [event["kind"] for event in stable.events(metrics)]
+    kinds = [event["kind"] for event in stable.events({**metrics, "monitor/stable/reallocated": 1.0})]
+    assert "reallocated" in kinds
 
 
 def test_progress_survives_being_stored() -> None:
@@ -285,7 +299,7 @@ def test_a_run_killed_in_either_phase_goes_on_to_the_bit(tmp_path: Path, phase: 
         }
 
     def told(run: RunDirectory) -> list[tuple[int, str]]:
-        kinds = ("learning", "rewind", "unstable", "cycle-end", "random-restart", "learning-rate")
+        kinds = ("learning", "rewind", "unstable", "cycle-end", "random-restart", "learning-rate", "frozen")
         return [(event["step"], event["kind"]) for event in run.events() if event["kind"] in kinds]
 
     assert told(directory) == told(whole)
@@ -312,7 +326,6 @@ def test_an_evaluation_compares_with_the_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stable": True}, "--base"),
         ({"frame_every": 7}, "does not divide"),
         ({"observable": "none", "residual": "released"}, "does nothing"),
         ({"observable": "none", "reuse_steps": 2}, "--reuse-steps"),
