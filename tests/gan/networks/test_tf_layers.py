@@ -98,9 +98,18 @@ def test_weights_start_uniform_with_the_released_variance(name):
 def test_layer_norm_is_over_the_whole_sample_with_a_scale_for_each_channel():
     images = jax.random.normal(KEY, (2, 4, 4, 3)) * jnp.array([1.0, 2.0, 3.0]) + 5
     params, found = made(LayerNorm(), images)
-    assert params["norm"]["scale"].shape == params["norm"]["bias"].shape == (3,)
+    assert params["scale"].shape == params["bias"].shape == (3,)
     expected = (images - images.mean((1, 2, 3), keepdims=True)) / jnp.sqrt(images.var((1, 2, 3), keepdims=True) + 1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_norm_in_bfloat16_has_its_statistics_in_float32():
+    images = (jax.random.normal(KEY, (2, 4, 4, 3)) + 100).astype(jnp.bfloat16)
+    _, found = made(LayerNorm(), images)
+    wide = np.asarray(images, np.float32)
+    expected = (wide - wide.mean((1, 2, 3), keepdims=True)) / wide.std((1, 2, 3), keepdims=True)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)  # the epsilon in the root is left out
 
 
 def test_norms_by_name():
