@@ -83,6 +83,12 @@ def test_a_convolution_s_spectrum_is_that_of_its_matrix():
         layer_spectrum(kernel, 2)
 
 
+def test_golden_largest_singular_value_of_a_layer():
+    u, v, c, m = np.meshgrid(range(3), range(3), range(2), range(3), indexing="ij")
+    found = layer_spectrum(np.sin(1 + m + 2 * c + 3 * u + 5 * v) / 3, 8)
+    assert found[0] == pytest.approx(3.610958513904, abs=1e-11)
+
+
 def test_subspaces_overlap_from_apart_to_the_same():
     rng = np.random.default_rng(2)
     plane = rng.standard_normal((50, 2))

@@ -93,6 +93,14 @@ def test_columns_are_orthogonal(alpha):
 def test_golden_value_of_the_released_loop():
     weights = spcl.released_decomposition(GOLDEN @ GOLDEN.T)
     np.testing.assert_allclose(weights, (0.81243078 + 0.35132881, 0.34250401 + 0.51441808), atol=1e-4)
+    # In float64 to all digits: W times the least singular value of G, and the diagonal d of its last step.
+    with jax.enable_x64(True):
+        gram = jnp.asarray(np.asarray(GOLDEN, np.float64) @ np.asarray(GOLDEN, np.float64).T)
+        columns = np.asarray(spcl.released_columns(gram))
+        least = float(jnp.sqrt(jnp.linalg.eigvalsh(gram)[0]))
+    np.testing.assert_allclose(least * columns, [[0.81243078, 0.35132881], [0.34250401, 0.51441808]], atol=2e-8)
+    lengths = np.diagonal(columns.T @ np.asarray(gram) @ columns)
+    np.testing.assert_allclose((10 + 500 * lengths) / 510, (1.06677939, 1.12569419), atol=2e-8)
 
 
 def test_condition_numbers_and_zero_gradients():

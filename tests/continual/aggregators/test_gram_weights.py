@@ -61,6 +61,24 @@ def test_golden_values(name):
     np.testing.assert_allclose(weights(name, GOLDEN_ROWS) @ GOLDEN_ROWS, GOLDEN[name], atol=2e-3)
 
 
+GOLDEN_WEIGHTS = {
+    "mgda": (0.6, 0.4),
+    "pcgrad": (2.2222, 1.5789),
+    "cagrad": (0.7041, 0.5),
+    "imtl-g": (0.5923, 0.4077),
+    "aligned-mtl": (2 * 0.5591, 2 * 0.4083),  # published with weights of 1/2
+    "upgrad": (1.1109, 0.7894),
+    "dualproj": (0.6109, 0.5),
+    "emgd": (1.2271281, 0.8453508),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_WEIGHTS)
+def test_golden_weights(name):
+    """Which the updates of two gradients in three dimensions determine; a published rounding is 5e-5."""
+    np.testing.assert_allclose(weights(name, GOLDEN_ROWS), GOLDEN_WEIGHTS[name], atol=1e-3)
+
+
 @pytest.mark.parametrize("name", OF_GRAM)
 def test_gradients_that_are_off_change_nothing(name):
     rows = np.random.default_rng(0).standard_normal((3, 6))
