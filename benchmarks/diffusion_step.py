@@ -102,15 +102,15 @@ def jax_step(case: dict[str, Any], data: tuple[np.ndarray, ...], devices: int) -
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
-def torch_step(case: dict[str, Any], data: tuple[np.ndarray, ...], channels_last: bool) -> tuple[Step, int]:
-    """The same in PyTorch."""
+def torch_network(case: dict[str, Any]) -> Any:
+    """The case's network as a module of images [B, C, H, W] and times [B]."""
     import torch
     from torch import nn
     from torch.nn import functional as F
 
     def sinusoid(times: Any, width: int) -> Any:
         half = width // 2
-        angles = times[:, None] * torch.exp(torch.arange(half) * (-math.log(1e4) / half))
+        angles = times[:, None] * torch.exp(torch.arange(half, device=times.device) * (-math.log(1e4) / half))
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
     def heads_of(x: Any, heads: int) -> Any:
@@ -248,9 +248,17 @@ def torch_step(case: dict[str, Any], data: tuple[np.ndarray, ...], channels_last
             return self.final(F.silu(self.norm(x)))
 
     torch.manual_seed(0)
-    network: nn.Module = UViT() if case["network"] == "uvit" else UNet()
+    return UViT() if case["network"] == "uvit" else UNet()
+
+
+def torch_step(case: dict[str, Any], data: tuple[np.ndarray, ...], channels_last: bool) -> tuple[Step, int]:
+    """The same in PyTorch."""
+    import torch
+    from torch.nn import functional as F
+
+    network = torch_network(case)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    network = network.to(memory_format=layout)  # type: ignore[call-overload]
+    network = network.to(memory_format=layout)
     images, times, noise = (torch.from_numpy(array) for array in data)
     images, noise = (x.permute(0, 3, 1, 2).contiguous(memory_format=layout) for x in (images, noise))
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, BETAS, weight_decay=DECAY, fused=True)

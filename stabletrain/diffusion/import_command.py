@@ -36,7 +36,7 @@ def import_weights(
         typer.Option(help="Improved DDPM and ADM: rows of the attention's kernel, by head or whole. [default: head]"),
     ] = None,
     process: Annotated[
-        str | None, typer.Option(help="Noise process. [default: vp-sde for U-ViT, else as in the paper]")
+        str | None, typer.Option(help="Noise process. [default: vp-sde for U-ViT without texts, else as in the paper]")
     ] = None,
     diffusion_steps: Annotated[
         int | None, typer.Option(help="Levels of noise. [default: 1,000; improved DDPM's 4,000]")
@@ -72,7 +72,7 @@ def import_weights(
         print(json.dumps({"run_dir": str(out), "status": "done", "step": step, "metrics": {}}, indent=2))
     else:
         print(f"{out}: {found.what}, {found.spec['name']}, {config.method}, {config.process}")
-        print(f"next: stabletrain sample {out}")
+        print(f"next: stabletrain sample {out}{' --context FILE.npz' if found.spec.get('context_shape') else ''}")
     return EXIT_OK
 
 
@@ -92,7 +92,12 @@ def _uvit(file: Path, dataset: str | None, heads: int) -> _Found:
     found = read_uvit(file)
     if not heads and found.width % HEAD_SIZE:
         raise ConfigError(f"the width {found.width} is no multiple of {HEAD_SIZE}: say how many --heads it has")
-    spec = _spec(dataset or _dataset_of(found.image_size, found.embeddings), found.channels, found.embeddings)
+    texts = bool(found.context_shape)
+    name = dataset or (TEXTS if texts else _dataset_of(found.image_size, found.embeddings))
+    if texts != (name == TEXTS):
+        reads = f"reads texts: its data are {TEXTS}" if texts else f"reads no texts, which {TEXTS} is made of"
+        raise ConfigError(f"--dataset {name} cannot be: the checkpoint's network {reads}")
+    spec = _spec(name, found.channels, found.embeddings)
     values = {
         "backbone": "uvit",
         "width": found.width,
@@ -101,7 +106,10 @@ def _uvit(file: Path, dataset: str | None, heads: int) -> _Found:
         "patch_size": found.patch_size,
         **_labels(spec, found.embeddings),
     }
-    if found.image_size != spec["image_size"]:
+    if texts:
+        spec |= {"image_size": found.image_size, "context_shape": list(found.context_shape)}
+        values |= {"process": "ddpm-scaled-linear", "sampler": "dpm-solver-2m"}
+    elif found.image_size != spec["image_size"]:
         spec["image_size"] = values["image_size"] = found.image_size
     return _Found(f"U-ViT of width {found.width} and depth {found.depth}", values, spec, found.params)
 
@@ -136,6 +144,8 @@ def _unet(file: Path, dataset: str | None, heads: int, qkv_order: str) -> _Found
 
 
 SAMPLING_STEPS = 50
+TEXTS = "coco-latents"
+"""The data of text-to-image networks."""
 UNET_HEADS: dict[str, dict[str, int]] = {"ddpm": {"heads": 1}, "iddpm": {"heads": 4}, "adm": {"head_channels": 64}}
 UNET_PROCESS: dict[str, dict[str, Any]] = {
     "ddpm": {"process": "ddpm-linear"},

@@ -17,6 +17,8 @@ from stabletrain.nn.torch_file import read_arrays
 
 HEAD_SIZE = 64
 """Features of an attention head in every published U-ViT; a checkpoint does not say."""
+TEXT_TOKENS = 77
+"""Tokens of a text in the published text-to-image networks, those of CLIP; a checkpoint says only how many in all."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class ImportedUViT:
     embeddings: int
     """Label embeddings, the one for "none" included where there is one; 0 without labels."""
     params: dict[str, Any]
+    context_shape: tuple[int, ...] = ()
+    """(L, D) of the text features that a text-to-image network reads."""
 
 
 def read_uvit(path: Path) -> ImportedUViT:
@@ -50,10 +54,13 @@ def read_uvit(path: Path) -> ImportedUViT:
     width, channels, patch, _ = kernel.shape
     embedding = reader.take("label_emb.weight") if "label_emb.weight" in arrays else None
     positions = reader.take("pos_embed", (1, None, width))
-    patches = positions.shape[1] - 1 - (embedding is not None)
+    text = arrays["context_embed.weight"].shape[-1:] if "context_embed.weight" in arrays else ()
+    context_shape = (TEXT_TOKENS, *text) if text else ()
+    patches = positions.shape[1] - 1 - (embedding is not None) - (TEXT_TOKENS if text else 0)
     side = round(max(patches, 0) ** 0.5)
     if side * side != patches or not side:
-        raise DataError(f"{path}: {positions.shape[1]} positions are not those of a square image of patches")
+        texts = f" and the {TEXT_TOKENS} tokens of a text" if text else ""
+        raise DataError(f"{path}: {positions.shape[1]} positions are not those of a square image of patches{texts}")
     numbers = {int(found.group(1)) for name in arrays if (found := re.match(r"in_blocks\.(\d+)\.", name))}
     count = len(numbers)
 
@@ -68,15 +75,16 @@ def read_uvit(path: Path) -> ImportedUViT:
     }
     if embedding is not None:
         params["label_embedding"] = {"embedding": embedding}
+    if text:
+        params["context_embedding"] = reader.linear("context_embed", text[0], width)
     for i in range(count):
         theirs = f"out_blocks.{count - 1 - i}"
         params[f"in_block_{i}"] = _block(reader, f"in_blocks.{i}", width)
         params[f"skip_linear_{i}"] = reader.linear(f"{theirs}.skip_linear", 2 * width, width)
         params[f"out_block_{i}"] = _block(reader, theirs, width)
     reader.refuse_leftovers()
-    return ImportedUViT(
-        side * patch, channels, patch, width, 2 * count, 0 if embedding is None else len(embedding), params
-    )
+    embeddings = 0 if embedding is None else len(embedding)
+    return ImportedUViT(side * patch, channels, patch, width, 2 * count, embeddings, params, context_shape)
 
 
 def _block(reader: CheckpointReader, name: str, width: int) -> dict[str, Any]:

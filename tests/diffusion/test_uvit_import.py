@@ -22,6 +22,8 @@ def network_of(**values) -> UViT:
 
 def params_of(network: UViT) -> dict:
     size, labels = network.image_size, jnp.zeros(1, jnp.int32) if network.num_classes else None
+    if network.context_shape:
+        labels = jnp.zeros((1, *network.context_shape))
     args = jnp.zeros((1, size, size, network.channels)), jnp.zeros(1), labels
     return filled(jax.eval_shape(network.init, jax.random.key(0), *args)["params"])
 
@@ -49,6 +51,8 @@ def released_names(params: dict) -> dict[str, np.ndarray]:
         for part, layer in block.items():
             put(f"{name}.{theirs.get(part, part)}", layer)
 
+    if "context_embedding" in params:
+        put("context_embed", params["context_embedding"])
     put("norm", params["norm"])
     put("decoder_pred", params["decoder"])
     put_block("mid_block", params["mid_block"])
@@ -87,8 +91,8 @@ def test_other_networks_missing_and_additional_arrays_are_named(tmp_path):
         read_uvit(write(tmp_path / "a.npz", {"input_blocks.0.0.weight": np.zeros(3)}))
     with pytest.raises(DataError, match=r"lacks in_blocks.0.norm2.bias"):
         read_uvit(write(tmp_path / "b.npz", {k: v for k, v in arrays.items() if k != "in_blocks.0.norm2.bias"}))
-    with pytest.raises(DataError, match=r"1 arrays that our U-ViT has no place for: context_embed.weight"):
-        read_uvit(write(tmp_path / "c.npz", {**arrays, "context_embed.weight": np.zeros(3)}))
+    with pytest.raises(DataError, match=r"1 arrays that our U-ViT has no place for: time_embed.0.weight"):
+        read_uvit(write(tmp_path / "c.npz", {**arrays, "time_embed.0.weight": np.zeros(3)}))
     with pytest.raises(DataError, match=r"pos_embed has shape|not those of a square"):
         read_uvit(write(tmp_path / "d.npz", {**arrays, "pos_embed": np.zeros((1, 12, 16))}))
     with pytest.raises(DataError, match=r"mid_block.attn.proj.weight has shape \(3, 3\), but \(16, 16\) is due"):
@@ -112,6 +116,33 @@ def test_an_imported_checkpoint_is_a_run_with_the_network_s_own_output(tmp_path,
     for weights in trained.experiment.weights(trained.state).values():
         found = trained.experiment.network.apply({"params": weights}, images, times)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # float32 in both
+
+
+def test_a_text_to_image_checkpoint_is_a_run_that_is_sampled_from_texts(tmp_path, capsys):
+    network = network_of(channels=4, patch_size=4, depth=2, context_shape=(77, 6))
+    params = params_of(network)
+    file = write(tmp_path / "t2i.npz", released_names(params))
+    found = read_uvit(file)
+    assert (found.image_size, found.context_shape) == (8, (77, 6))
+    expected, ours = by_name(params), by_name(found.params)
+    assert set(ours) == set(expected)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, expected[name].astype(np.float32), err_msg=name)
+
+    out, texts = tmp_path / "run", tmp_path / "texts.npz"
+    assert run(["diffusion", "import", str(file), "--out", str(out), "--heads", "2"]) == 0
+    assert "ddpm-scaled-linear" in capsys.readouterr().out
+    np.savez(texts, contexts=np.ones((1, 77, 6), "f4"), empty=np.zeros((77, 6), "f4"))
+    command = ["sample", str(out), "--num", "2", "--sampling-steps", "2"]
+    assert run(command) == 2
+    assert "this model reads texts" in " ".join(capsys.readouterr().err.split())
+    assert run([*command, "--context", str(texts), "--out", str(tmp_path / "samples")]) == 0
+    assert np.load(tmp_path / "samples" / "samples.npz")["latents"].shape == (2, 8, 8, 4)
+    other = write(tmp_path / "uvit.npz", released_names(params_of(network_of(depth=2))))
+    for dataset, weights in (("cifar10", file), ("coco-latents", other)):
+        options = ["--dataset", dataset, "--heads", "2", "--out", str(tmp_path / "no")]
+        assert run(["diffusion", "import", str(weights), *options]) == 2
+        assert "the checkpoint's network reads" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_a_checkpoint_cannot_be_is_refused_in_one_line(tmp_path, capsys):
