@@ -40,6 +40,11 @@ def find_run(named: str) -> Path:
             return path
     if given.is_dir():
         raise RunDirectoryError(f"{given} is not a run directory (a run has a config.toml)")
+    if given.is_file():
+        raise RunDirectoryError(
+            f"{given} is a file, not a run; published weights become one by `stabletrain diffusion import {given} "
+            "--out DIR` (BigGAN's by `stabletrain gan import`)"
+        )
     folder = given.parent if given.parent != Path() else RUNS
     known = [path.parent.name for path in sorted(folder.glob("*/config.toml"))] if folder.is_dir() else []
     if not known:
