@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from stabletrain.continual.presets import (
@@ -248,6 +249,8 @@ def _setting_problems(config: ContinualConfig) -> Iterator[str]:
     if not fixed and timeline not in ARRANGEMENTS:
         known = (*ARRANGEMENTS, OF_SEED, *RELEASED)
         yield f"unknown timeline {timeline!r}: {nearest(timeline, known)}, or a file that ends in .toml"
+    if timeline.endswith(".toml") and not Path(timeline).is_file():
+        yield f"there is no timeline file {timeline}: expected a TOML file with a [[task]] for each task"
     if config.overlap is not None and config.timeline != "staggered":
         yield f"--overlap does nothing with --timeline {config.timeline}: it belongs to staggered"
     if config.class_range:

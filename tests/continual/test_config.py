@@ -67,6 +67,7 @@ BAD = {
     "--timeline-seed does nothing with --timeline cifar100-t0": {"timeline": "cifar100-t0", "timeline_seed": 3},
     "--timeline released needs a data set that has released ones": {"timeline": "released"},
     "--label-seed does nothing with --timeline cifar100-l0-t1": {"timeline": "cifar100-l0-t1", "label_seed": 1},
+    "there is no timeline file nowhere.toml": {"timeline": "nowhere.toml"},
     "--class-range takes the smallest": {"class_range": (5, 2)},
     "--decomposition-alpha does nothing with --aggregator er": {"method": "er", "decomposition_alpha": 1.0},
     "--aggregator-scale does nothing with --aggregator sum": {"method": "sum", "aggregator_scale": "rmse"},
