@@ -253,10 +253,19 @@ def test_train_then_stable_then_benchmark_then_simulate(tmp_path: Path, capsys: 
     capsys.readouterr()
 
     found = ["--time", "0.004", "--replicas", "2", "--window", "8", "--frame-every", "4", "--quiet", "--json"]
-    assert run(["nnip", "benchmark", str(stable), "--against", str(base), "--temperature", "300", *found]) == 0
+    weighted = ["--temperature", "300", "--reference-temperature", "320", "--temperature-factor", "99"]
+    assert run(["nnip", "benchmark", str(stable), "--against", str(base), *weighted, *found]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [entry["potential"] for entry in document["benchmark"]] == ["stable", "base"]
     assert (stable / "eval" / "benchmark" / "survival-300K-0.5fs.png").is_file()
+    first = document["benchmark"][0]
+    assert 1 <= first["reference_effective_frames"] < first["reference_frames"] == 8
+    assert first["thresholds"] == {"bond_deviation": 0.5, "temperature_factor": 99.0}
+    for options, message in ((["--energy-drift", "0.1"], "for --thermostat nve"), (["--rdf-error", "1"], "no RDF"),
+                             (["--reference-spacing", "7"], "does not divide"),
+                             (["--reference-spacing", "2"], "need 8 frames")):  # fmt: skip
+        assert run(["nnip", "benchmark", str(base), *options, *found]) == 2
+        assert message in capsys.readouterr().err
 
     options = ["--time", "0.01", "--frame-every", "4", "--replicas", "2", "--quiet", "--json"]
     assert run(["nnip", "simulate", str(base), *options]) == 0
