@@ -19,7 +19,6 @@ COMMAND = [
     "--tasks", "5", "--hidden", "16,8", "--batch-size", "8", "--epochs", "4", "--devices", "1",
     "--checkpoint-every", "5", "--quiet",
 ]  # fmt: skip
-SECONDS = 600
 
 
 def saved(run_dir: Path) -> int:
@@ -30,13 +29,16 @@ def saved(run_dir: Path) -> int:
 def session(run_dir: Path, *, at: int | None = None, number: signal.Signals = signal.SIGKILL) -> int:
     """The command until it ends, or until a signal at the first checkpoint from step `at` on. Returns its exit code."""
     process = subprocess.Popen([*COMMAND, "--out", str(run_dir)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        if at is not None and saved(run_dir) >= at:
-            process.send_signal(number)
-            at = None
-        time.sleep(0.002)
-    return process.wait(1)
+    try:
+        while process.poll() is None:
+            if at is not None and saved(run_dir) >= at:
+                process.send_signal(number)
+                at = None
+            time.sleep(0.002)
+        return process.returncode
+    finally:
+        process.kill()
+        process.wait()
 
 
 def result(run_dir: Path) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def result(run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # four sessions, on a machine that may have other work
 def test_killed_and_terminated_amid_overlapping_tasks_ends_the_same(tmp_path: Path):
     assert session(tmp_path / "whole") == EXIT_OK
     assert session(tmp_path / "cut", at=60) == -signal.SIGKILL
