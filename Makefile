@@ -45,6 +45,19 @@ test: $(VENV)/.installed-test ## Install, then run the test suite
 test-gpu: $(VENV)/.installed-test ## Run the tests that need an NVIDIA GPU
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu
 
+# As published, against PyTorch in the same run; each has its share of ten minutes. GPU_PYTHON names the interpreter that
+# has JAX and PyTorch for the GPU. The data of md_window are rMD17's aspirin, named by STABLETRAIN_TEST_DATA.
+GPU_PYTHON ?= $(BIN)/python
+GPU_RESULTS = benchmarks/results/gpu
+.PHONY: benchmarks-gpu
+benchmarks-gpu: ## On an NVIDIA GPU with PyTorch beside JAX: every speed as published, in ten minutes
+	@mkdir -p $(GPU_RESULTS)
+	-timeout 130 $(GPU_PYTHON) -m benchmarks.diffusion_throughput --case uvit-s2 --batch 128 --precision bfloat16 --out $(GPU_RESULTS)/diffusion_throughput.json
+	-timeout 130 $(GPU_PYTHON) benchmarks/gan_step.py --batch 128 --d-steps 5 --turns 10 --out $(GPU_RESULTS)/gan_step.json
+	-timeout 100 $(GPU_PYTHON) benchmarks/gradient_penalty.py --platform cuda --turns 11 --out $(GPU_RESULTS)/gradient_penalty.json
+	-timeout 100 $(GPU_PYTHON) benchmarks/continual_step.py --network resnet18 --repeats 5 --methods sum spcl pcgrad --out $(GPU_RESULTS)/continual_step.json
+	-timeout 130 $(GPU_PYTHON) benchmarks/md_window.py --device gpu --work 16384 $(if $(STABLETRAIN_TEST_DATA),--data $(STABLETRAIN_TEST_DATA)/rmd17_aspirin.npz) --out $(GPU_RESULTS)/md_window.json
+
 .PHONY: lint
 lint: $(VENV)/.installed-lint ## Check style, formatting and types
 	$(BIN)/ruff check .
