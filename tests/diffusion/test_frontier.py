@@ -52,3 +52,14 @@ def test_the_command_keeps_finished_parts(tmp_path, capsys):
     kept = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
     assert frontier(out=out, preset=preset, depths=[1], steps=4, seeds=2, as_json=True, quiet=True) == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()} == kept
+
+
+def test_a_rate_that_is_far_too_large_overflows_and_a_small_one_does_not():
+    from stabletrain.diffusion.frontier import train_cell
+
+    settings = {"kappa": 0.7, "width": 64, "batch": 2, "steps": 8, "warmup": 0, "weight_decay": 0.0, "seeds": 1}
+    found = train_cell("none", 1, (1e-3, 1e30), precision="bfloat16", **settings)
+    assert found.overflow[0].tolist() == [-1]
+    assert found.overflow[1].tolist() == [2]  # the first update has rate 0, and the second shows in the step after it
+    assert np.isfinite(found.final[0]).all()
+    assert found.trains(100.0).tolist() == [[True], [False]]
