@@ -4,8 +4,8 @@ A step is `--d-steps` updates of the discriminator and one of the generator on r
 the generator's average, in float32 (on a GPU both sides in TF32). Both sides run in one process and in short turns, so
 that whatever else the machine does falls on both. JAX takes the step of `stabletrain gan` with its stability monitor;
 PyTorch runs eagerly, with spectral normalisation by its own hook, fused Adam and the faster of its two memory layouts.
-A ratio below one means that JAX is faster; it is the median over turns of the ratio within a turn, of time and of the processor's time in all threads, which tells
-more on a machine that others use. Needs PyTorch.
+A ratio below one means that JAX is faster: the median over turns of the ratio within a turn, of time and of the
+processor's time in all threads, which tells more on a machine that others use. Needs PyTorch.
 
     python benchmarks/gan_step.py                                          # on a CPU: batch 4, one update of each
     python benchmarks/gan_step.py --batch 128 --d-steps 5 --turns 20 --out gpu.json    # on a GPU: as published
@@ -330,10 +330,8 @@ def main() -> None:
         for name in arguments.conditionings:
             results[name] = found = measure(name, arguments, data)
             took = ", ".join(f"{side} {values['median']} ms" for side, values in found["milliseconds"].items())
-            print(
-                f"{name}: {took}; ratio to torch {found['ratio_to_torch']['median']}, processor {found['processor_ratio_to_torch']['median']}",
-                flush=True,
-            )
+            of_time, of_work = (found[key]["median"] for key in ("ratio_to_torch", "processor_ratio_to_torch"))
+            print(f"{name}: {took}; ratio to torch {of_time}, of the processor's time {of_work}", flush=True)
     cuda = torch.cuda.is_available()
     document = {
         "what": "a step of BigGAN-32; ratio_to_torch below one: JAX is faster",
