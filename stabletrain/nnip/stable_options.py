@@ -35,8 +35,8 @@ class StableOptions:
     thermostat: str = option("nose-hoover", "Thermostat.", panel=DYNAMICS, choices=THERMOSTATS)
     relaxation_time: float = option(10.0, "Nose-Hoover: relaxation time in fs.", panel=DYNAMICS, minimum=0.1)
     damping: float = option(0.1, "langevin and baoab: friction in 1 / ps.", panel=DYNAMICS, minimum=0.0)
-    window: int = option(500, "Time steps of a window of dynamics: one epoch.", panel=DYNAMICS, minimum=1)
-    frame_every: int = option(20, "Time steps between recorded frames; divides the window.", panel=DYNAMICS, minimum=1)
+    window: int = option(250, "Time steps of a window of dynamics: one epoch.", panel=DYNAMICS, minimum=1)
+    frame_every: int = option(10, "Time steps between recorded frames; divides the window.", panel=DYNAMICS, minimum=1)
 
     observable: str = option(
         "distances",
@@ -50,12 +50,12 @@ class StableOptions:
     )
     residual_batch: int = option(40, "--residual released: samples in a minibatch.", panel=STABLE, minimum=2)
     energy_force_weight: float = option(
-        10.0,
+        2.0,
         "Weight of the energy-force loss against the observable's, as in the released code: that is lambda kT.",
         panel=STABLE,
         minimum=0.0,
     )
-    stable_learning_rate: float = option(1e-3, "Learning rate of the learning phases (SGD).", panel=STABLE, minimum=0.0)
+    stable_learning_rate: float = option(1e-2, "Learning rate of the learning phases (SGD).", panel=STABLE, minimum=0.0)
     stable_clip: float = option(1.0, "Clip the global gradient norm to this.", panel=STABLE, minimum=1e-9)
     max_unstable: float = option(
         0.75, "Share of unstable replicas at which learning begins.", panel=STABLE, minimum=0.0, maximum=1.0
@@ -95,7 +95,7 @@ class StableOptions:
     )
     benchmark_time: float = option(1.0, "Length of its simulations in ps.", panel=BENCHMARK, minimum=0.001)
     benchmark_bond_deviation: float = option(
-        0.5, "Unstable in the benchmark: a bond this much longer or shorter than its mean, in A.", panel=BENCHMARK,
+        0.25, "Unstable in the benchmark: a bond this much longer or shorter than its mean, in A.", panel=BENCHMARK,
         minimum=0.0,
     )  # fmt: skip
 
