@@ -61,9 +61,8 @@ class NequIP(nn.Module):
         envelope = jnp.where(pairs.mask[:, None], polynomial_envelope(distance / self.cutoff, 6), 0.0)
         radial = waves * envelope  # (P, K)
         direction = pairs.vector / jnp.where(distance > 0, distance, 1.0)
-        harmonics = e3nn.spherical_harmonics(
-            range(self.degree + 1), e3nn.IrrepsArray("1o", direction), normalize=False, normalization="component"
-        )
+        both = e3nn.IrrepsArray("1o", jnp.concatenate([direction, -direction]))  # (2P, 3): at the first, at the second
+        harmonics = e3nn.spherical_harmonics(range(self.degree + 1), both, normalize=False, normalization="component")
         kind = jnp.searchsorted(jnp.asarray(self.elements), species)
         table = self.param("elements", nn.initializers.normal(1.0), (len(self.elements), self.features))
         scalars = (table[kind] / len(self.elements) ** 0.5).astype(direction.dtype)
@@ -105,32 +104,22 @@ class Convolution(nn.Module):
 
         values = e3nn.flax.Linear(atoms.irreps, name="values")(atoms)
         paths = [ir for _, ir in before_gate]
-        products = [
-            e3nn.tensor_product(values[sender], sign_of(harmonics, sign), filter_ir_out=paths)
-            for sender, sign in ((pairs.second, 1), (pairs.first, -1))
-        ]
+        receiver = jnp.concatenate([pairs.first, pairs.second])
+        sender = jnp.concatenate([pairs.second, pairs.first])
+        products = e3nn.tensor_product(values[sender], harmonics, filter_ir_out=paths)
         weights = radial  # (P, K): a pair has the same distance seen from both of its ends
-        for number, size in enumerate((*self.radial_sizes, products[0].irreps.num_irreps)):
+        for number, size in enumerate((*self.radial_sizes, products.irreps.num_irreps)):
             dense = nn.Dense(size, use_bias=False, kernel_init=nn.initializers.normal(1.0), name=f"radial_{number}")
             weights = dense(weights) / weights.shape[-1] ** 0.5
             weights = normalized_silu(weights) if number < len(self.radial_sizes) else weights
-        messages = [(product * weights).array for product in products]
-        total = jnp.zeros((len(kind), messages[0].shape[-1]), messages[0].dtype)
-        total = total.at[pairs.first].add(messages[0]).at[pairs.second].add(messages[1])
-        total = e3nn.IrrepsArray(products[0].irreps, total / self.average_neighbors**0.5)
+        messages = (products * jnp.concatenate([weights, weights])).array
+        total = jnp.zeros((len(kind), messages.shape[-1]), messages.dtype).at[receiver].add(messages)
+        total = e3nn.IrrepsArray(products.irreps, total / self.average_neighbors**0.5)
 
         mixed = e3nn.flax.Linear(before_gate, force_irreps_out=True, name="mix")(total)
         own = e3nn.flax.Linear(before_gate, force_irreps_out=True, num_indexed_weights=self.kinds, name="own")
         mixed = mixed + own(kind, atoms) / self.kinds**0.5
         return gate(mixed, scalars, gated)
-
-
-def sign_of(harmonics: e3nn.IrrepsArray, sign: int) -> e3nn.IrrepsArray:
-    """The harmonics of the direction (1), or of the opposite one (-1)."""
-    if sign == 1:
-        return harmonics
-    signs = jnp.concatenate([jnp.full(ir.dim, (-1.0) ** ir.l, harmonics.dtype) for _, ir in harmonics.irreps])
-    return e3nn.IrrepsArray(harmonics.irreps, harmonics.array * signs)
 
 
 def gate(x: e3nn.IrrepsArray, scalars: e3nn.Irreps, gated: e3nn.Irreps) -> e3nn.IrrepsArray:
