@@ -199,3 +199,38 @@ def test_units_are_converted_and_the_names_of_rmd17_known(tmp_path: Path) -> Non
     np.testing.assert_array_equal(read_frames("", str(tmp_path / "said.npz")).energies, plain.energies)
     with pytest.raises(ConfigError, match=r"contradicts said\.npz, which says eV"):
         read_frames("", str(tmp_path / "said.npz"), "kcal/mol")
+
+
+def test_the_water_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stabletrain.nnip import classical_water
+
+    monkeypatch.setenv("STABLETRAIN_HOME", str(tmp_path))
+    made: list[Path] = []
+
+    def make(engine: WaterEngine, settings: Settings, out: Path, *, tick: Any) -> None:
+        made.append(out)
+        out.parent.mkdir(parents=True)
+        content = {"R": lattice(64, engine.edge, 0)[None], "E": [0.0], "F": np.zeros((1, 192, 3))}
+        np.savez(out, **content, z=engine.species, cell=engine.cell, energy_unit="eV")
+
+    monkeypatch.setattr("stabletrain.nnip.reference_md.make_frames", make)
+    first, again = (read_frames("water-flexible", None) for _ in range(2))
+    assert made == [tmp_path / "md" / f"water-flexible-{classical_water.VERSION}.npz"]
+    assert first.spec == again.spec
+    assert len(first.system.bonds) == 128
+    with pytest.raises(ConfigError, match="did you mean 'water-flexible'"):
+        read_frames("water-flexibel", None)
+
+
+def test_the_bundled_aspirin_says_how_it_was_made_and_stays_within_its_bonds() -> None:
+    from importlib import resources
+
+    from stabletrain.nnip.reference_md import provenance_of
+
+    frames = read_frames("aspirin-xtb", None)
+    assert frames.positions.shape == (600, 21, 3)
+    lengths = np.linalg.norm(np.diff(frames.positions[:, frames.system.bonds], axis=2)[:, :, 0], axis=-1)
+    assert np.abs(lengths - lengths.mean(axis=0)).max() < 0.25  # the criterion refuses nothing of the reference
+    with resources.as_file(resources.files("stabletrain.nnip") / "bundled" / "aspirin_xtb.npz") as path:
+        about = provenance_of(path)
+    assert (about["program"], about["temperature"], about["spacing"]) == ("tblite, GFN2-xTB", 500.0, 10.0)
