@@ -12,6 +12,9 @@ by how much the process (the GPU's allocator) grew at its peak.
 
     python benchmarks/md_window.py [--data rmd17_aspirin.npz] [--replicas 1 16 64] [--turns 3] [--out FILE.json]
 
+Where other work runs on the machine, `--one-core` gives both sides one core and counts the seconds of its time that the
+process got, which that work does not change much.
+
 On a machine with an NVIDIA GPU, JAX and PyTorch both on it, in less than ten minutes:
 
     python benchmarks/md_window.py --device gpu --data rmd17_aspirin.npz --work 16384 --out md_window_gpu.json
@@ -39,6 +42,8 @@ TIMESTEP, TEMPERATURE, RELAXATION = 0.5, 500.0, 10.0
 CUTOFF, GAUSSIANS = 5.0, 25
 STRUCTURES = 2560
 ATOM_REPLICAS = 2
+PARTS = ("windows", "atoms", "gradient")
+CLOCK = [time.perf_counter]
 
 
 class TorchWindow:
@@ -153,9 +158,9 @@ def timed(turns: int, run: Callable[[], Any]) -> float:
     """Median seconds."""
     seconds = []
     for _ in range(turns):
-        begun = time.perf_counter()
+        begun = CLOCK[0]()
         run()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(CLOCK[0]() - begun)
     return statistics.median(seconds)
 
 
@@ -184,17 +189,17 @@ def against_torch(options: argparse.Namespace, potential: Any, params: Any, fram
         starts = frames.positions[np.arange(replicas) % len(frames)]
         swarm = simulator.start(params, starts, jax.random.key(1))
         x, v = (theirs.array(leaf) for leaf in (swarm.replicas.position, swarm.replicas.velocity))
-        begun = time.perf_counter()
+        begun = CLOCK[0]()
         jax.block_until_ready(simulator.window(params, swarm, jax.random.key(2)))
-        compiling = time.perf_counter() - begun
+        compiling = CLOCK[0]() - begun
         theirs.run(x, v, 2)
         turns = []
         for _ in range(options.turns):
-            begun = time.perf_counter()
+            begun = CLOCK[0]()
             jax.block_until_ready(simulator.window(params, swarm, jax.random.key(2)))
-            middle = time.perf_counter()
+            middle = CLOCK[0]()
             theirs.run(x, v, steps)
-            turns.append((middle - begun, time.perf_counter() - middle))
+            turns.append((middle - begun, CLOCK[0]() - middle))
         work = replicas * steps
         row = {
             "replicas": replicas,
@@ -269,7 +274,9 @@ def of_gradient(options: argparse.Namespace, potential: Any, params: Any, frames
             jax.block_until_ready(program(params, many[:count]))  # noqa: B023
 
         grown = peak_growth(options.device, run)
-        reserved = program.memory_analysis().temp_size_in_bytes
+        memory = program.memory_analysis()
+        assert memory is not None
+        reserved = memory.temp_size_in_bytes
         rows.append({
             "structures": count,
             "seconds": round(timed(options.turns, run), 2),
@@ -289,8 +296,15 @@ def main() -> None:
     parser.add_argument("--lattice", type=int, nargs="*", default=[2, 3, 4, 5, 6], help="atoms along an edge")
     parser.add_argument("--work", type=int, default=512, help="replica-steps in a turn of one side, about")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these; the file keeps others")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--one-core", action="store_true", help="both sides on one core, in seconds of its time")
     options = parser.parse_args()
+    if options.one_core:
+        if options.device == "gpu":
+            raise SystemExit("--one-core is for --device cpu")
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        CLOCK[0] = time.process_time
     if options.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_NUM_CPU_DEVICES"] = "1"
@@ -308,32 +322,39 @@ def main() -> None:
             f"--device gpu: JAX is on {jax.default_backend()}, CUDA of PyTorch: {torch.cuda.is_available()}"
         )
     torch.set_num_threads(cpu_cores())
-    frames = read_frames("ethanol-xtb", options.data)
+    frames = read_frames("aspirin-xtb", options.data)
     system = frames.system
     potential = Potential("schnet", SchNet(), system, CUTOFF, EnergyScale(0.3, {}))
     params = potential.init(jax.random.key(0))
-    windows, difference = against_torch(options, potential, params, frames)
-    result = {
-        "what": "replica-steps per second of a Nose-Hoover window; StABlE gradient of h(r)",
+    circumstances = {
         "command": "python benchmarks/md_window.py"
         + (f" --data {Path(options.data).name}" if options.data else "")
         + (" --device gpu" if options.device == "gpu" else "")
+        + (" --one-core" if options.one_core else "")
         + f" --work {options.work} --turns {options.turns}",
         "device": str(jax.devices()[0].device_kind),
         "processor": cpu_model(),
         "cores": cpu_cores(),
-        "load_average": [round(x, 1) for x in os.getloadavg()],
+        "seconds": "of the core's time" if options.one_core else "of the clock",
         "python": platform.python_version(),
         "jax": jax.__version__,
         "torch": torch.__version__,
         "data": frames.spec.name,
         "atoms": system.count,
-        "parameters": 117_953,
-        "force_difference": difference,
-        "windows": windows,
-        "by_atoms": by_atoms(options),
-        "gradient": of_gradient(options, potential, params, frames),
     }
+    result: dict[str, Any] = {"what": __doc__.split("\n\n")[0], "parameters": 117_953}
+    if options.out.is_file() and set(options.parts) != set(PARTS):
+        result |= json.loads(options.out.read_text(encoding="utf-8"))
+    for part in options.parts:
+        if part == "windows":
+            rows, difference = against_torch(options, potential, params, frames)
+            found: dict[str, Any] = {"force_difference": difference, "rows": rows}
+        elif part == "atoms":
+            found = {"rows": by_atoms(options)}
+        else:
+            found = {"rows": of_gradient(options, potential, params, frames)}
+        load = [round(x, 1) for x in os.getloadavg()]
+        result[part] = {**circumstances, "load_average": load, **found}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
