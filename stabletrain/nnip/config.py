@@ -238,5 +238,8 @@ def newest_run_of(base: NnipConfig) -> Path | None:
 
 
 def base_path(named: str) -> Path:
-    """The run directory that `--base` names."""
-    return next(path for path in (Path(named), RUNS / named) if (path / "config.toml").is_file())
+    """The run directory that `--base` names. Raises: `ConfigError` where there is none."""
+    for path in (Path(named), RUNS / named):
+        if (path / "config.toml").is_file():
+            return path
+    raise ConfigError(f"the base {named} of this run is not there: run this where it is, in the same working directory")
