@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from stabletrain.data.catalogue import CATALOGUE
 from stabletrain.errors import ConfigError
-from stabletrain.metrics.score_config import ScoreConfig, chosen_extractor, score_problems
+from stabletrain.metrics.score_config import ScoreConfig, chosen_extractor, chosen_resize, score_problems
 from stabletrain.training.config import fields_of, option, replace
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
@@ -544,6 +544,7 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
         # The user's files must say their own size: under a known name too, another one is refused, not resized.
         "image_size": 0 if config.data else image_size,
         "extractor": chosen_extractor(config),
+        "inception_resize": chosen_resize(config),
         "score_split": None if info is None or config.data else "test" if info.test_count else "train",
         "horizontal_flip": bool(info and info.channels == 3),
         "class_conditional": conditional,

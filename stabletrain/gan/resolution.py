@@ -17,7 +17,7 @@ from stabletrain.gan.config import GanConfig
 from stabletrain.gan.domains import domain_of
 from stabletrain.gan.networks import NETWORKS, NetworkOptions, NetworkSpec
 from stabletrain.gan.presets import BIRDS, BY_SIZE, CONSTRUCTED, PRESETS, SMALL
-from stabletrain.metrics.score_config import chosen_extractor, score_problems
+from stabletrain.metrics.score_config import chosen_extractor, chosen_resize, score_problems
 from stabletrain.training.config import fields_of, replace
 
 HANDWRITING = ("digits", "mnist", "emnist")
@@ -329,6 +329,7 @@ def resolve(config: GanConfig) -> GanConfig:
         "horizontal_flip": bool(images and info and info.channels == 3),
         "dequantize": False,
         "extractor": chosen_extractor(config),
+        "inception_resize": chosen_resize(config),
         "score_split": None if info is None or config.data else "test" if info.test_count else "train",
         "d_steps": 1,
         "class_weight": 1.0,

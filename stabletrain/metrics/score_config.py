@@ -70,6 +70,11 @@ def chosen_extractor(config: ScoreConfig) -> str:
     return config.extractor or ("inception" if config.inception else "classifier")
 
 
+def chosen_resize(config: ScoreConfig) -> str | None:
+    """How images come to the Inception's size; None where it is not the extractor."""
+    return (config.inception_resize or "tf1-bilinear") if chosen_extractor(config) == "inception" else None
+
+
 def score_problems(config: ScoreConfig) -> Iterator[str]:
     """What is wrong with these options, each as the sentence that the user reads."""
     if config.inception and config.extractor == "classifier":

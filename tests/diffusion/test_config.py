@@ -48,6 +48,13 @@ def test_choices_are_those_of_the_code():
     assert set(RESAMPLING_STYLES) == {name for name, style in STYLES.items() if style.residual_resampling}
 
 
+def test_the_inception_s_resize_is_chosen_with_the_inception():
+    assert resolve(configured(extractor="inception")).inception_resize == "tf1-bilinear"
+    assert (
+        resolve(configured(inception="weights.pth", inception_resize="pytorch-fid")).inception_resize == "pytorch-fid"
+    )
+
+
 @pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10", "celeba64", "imagenet64"])
 @pytest.mark.parametrize("backbone", ["unet", "uvit", "mlp"])
 @pytest.mark.parametrize("scaling", SKIP_SCALING_NAMES)
@@ -57,7 +64,8 @@ def test_a_resolved_config_leaves_nothing_open_that_applies(dataset, backbone, s
     for name in ("steps", "image_size", "width", "depth", "learning_rate"):
         assert values[name] > 0, name
     not_applicable = {
-        "data", "best_metric", "inception", "kappa_indexing", "churn", "gate", "diffusion_steps", "latent_scale",
+        "data", "best_metric", "inception", "inception_resize", "kappa_indexing", "churn", "gate", "diffusion_steps",
+        "latent_scale",
         *(() if scaling in TAKES_KAPPA else ("kappa",)),
         *(() if config.class_conditional else ("guidance",)),
         *(name for name, backbones in ONLY_FOR.items() if backbone not in backbones),
