@@ -167,6 +167,8 @@ def frontier_figure(cells: Sequence[Cell], threshold: float) -> Any:
             axis.plot(np.repeat(cell.rates, shown.shape[1]), shown.reshape(-1), "o", markersize=2, color=colour)
         axis.axhline(threshold, color="#888888", linewidth=0.8, linestyle=":")
         axis.set_xscale("log")
+        axis.set_xticks(cells[0].rates, [f"{rate:g}" for rate in cells[0].rates], fontsize=7)
+        axis.minorticks_off()
         axis.set_title(f"{depth} skips", fontsize=9)
         axis.set_xlabel("peak learning rate")
     axes[0].set_ylabel(f"final training loss (at most {ceiling:g})")
