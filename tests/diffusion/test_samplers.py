@@ -24,15 +24,18 @@ PAIRS = [
 
 
 def levels(process, network_times):
-    times = network_times / 999.0 if isinstance(process, VPSDE) else jnp.rint(network_times).astype(jnp.int32)
-    return process.marginal(times)
+    if isinstance(process, VPSDE):
+        return process.marginal(network_times / 999.0)
+    first = 1 if process.schedule == "scaled-linear" else 0  # what the network is told of level 0
+    return process.marginal(jnp.rint(network_times).astype(jnp.int32) - first)
 
 
 def best_network(process):
     """E[noise | noisy] for Gaussian data: sigma (x - alpha m) / (alpha^2 s^2 + sigma^2)."""
+    first = 1 if getattr(process, "schedule", "") == "scaled-linear" else 0  # what it is told of the first level
 
     def network(noisy, network_times):
-        alpha, sigma = (level.reshape(-1, 1, 1, 1) for level in levels(process, network_times))
+        alpha, sigma = (level.reshape(-1, 1, 1, 1) for level in levels(process, network_times - first))
         return sigma * (noisy - alpha * MEAN) / (alpha**2 * SPREAD**2 + sigma**2)
 
     return network
