@@ -32,10 +32,9 @@ def levels(process, network_times):
 
 def best_network(process):
     """E[noise | noisy] for Gaussian data: sigma (x - alpha m) / (alpha^2 s^2 + sigma^2)."""
-    first = 1 if getattr(process, "schedule", "") == "scaled-linear" else 0  # what it is told of the first level
 
     def network(noisy, network_times):
-        alpha, sigma = (level.reshape(-1, 1, 1, 1) for level in levels(process, network_times - first))
+        alpha, sigma = (level.reshape(-1, 1, 1, 1) for level in levels(process, network_times))
         return sigma * (noisy - alpha * MEAN) / (alpha**2 * SPREAD**2 + sigma**2)
 
     return network
