@@ -99,9 +99,15 @@ def _sample(trained: Trained, given: Mapping[str, Any], out: Path | None, *, qui
     from stabletrain.training.run_directory import readable_errors
 
     with readable_errors(folder), make_reporter(quiet=quiet) as reporter:
+        empty = not folder.is_dir() or not any(folder.iterdir())
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        files = work(reporter)
+        try:
+            files = work(reporter)
+        except ConfigError:  # an option that this model cannot follow: the corrected command finds the folder free
+            if empty:
+                shutil.rmtree(folder)
+            raise
         for name, content in files.items():
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -190,6 +190,13 @@ def test_sampling_options_are_those_of_the_run_s_family(command: Command, toy_ru
     assert "at least 1" in said.error
 
 
+def test_a_refused_option_leaves_the_folder_free(command: Command, toy_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    assert command("sample", "first", "--label", 99, "--out", folder).code == 2
+    assert not folder.exists()
+    assert command("sample", "first", "--label", 1, "--out", folder, "-q").code == 0
+
+
 def test_a_checkpoint_can_be_named_and_a_wrong_one_lists_those_there_are(command: Command, toy_run: Path) -> None:
     assert command("sample", "first", "--checkpoint", 6, "--json", "-q").document["step"] == 6
     said = command("sample", "first", "--checkpoint", 5)

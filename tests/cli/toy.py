@@ -64,6 +64,8 @@ def sample(
     experiment: CommandToy, state: ToyState, options: ToySampleOptions, context: EvaluationContext
 ) -> Mapping[str, bytes]:
     assert not experiment.has_data, "sampling must not load the data"
+    if str(options.label) == "99":
+        raise ConfigError("no label 99")
     made = {}
     for number in range(options.num):
         context.tick("sampling", number, options.num)

@@ -80,7 +80,7 @@ def test_bfloat16_lowers_the_loss(name, tmp_path):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["unet", "reacgan", "spcl"])
+@pytest.mark.parametrize("name", ["unet", "uvit", "reacgan"])
 def test_a_killed_run_ends_as_one_left_alone(name, tmp_path):
     long = (*COMMANDS[name], "--steps", "240", "--log-every", "10", "--checkpoint-every", "20")
     stabletrain(tmp_path, PLATFORM, *long, "--out", "alone")
