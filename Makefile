@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SCALE ?= small
-SEEDS ?= 5
+SEEDS ?=
 WORKERS ?= 2
 
 .PHONY: help
@@ -66,23 +66,20 @@ lint: $(VENV)/.installed-lint ## Check style, formatting and types
 
 # table-scalelong-feature-norm is the table scalelong/feature-norm: the first dash after the paper becomes a slash.
 table_name = $(subst $(firstword $(subst -, ,$(1)))-,$(firstword $(subst -, ,$(1)))/,$(1))
-SEED_RANGE = 0-$(shell expr $(SEEDS) - 1)
+# SEEDS=5 are the seeds 0 to 4; without it each table has as many as its table.toml says, five if it says nothing.
+SEED_OPTION = $(if $(SEEDS),--seeds 0-$(shell expr $(SEEDS) - 1))
 
 .SECONDARY:
 .PHONY: tables
 tables: $(VENV)/.installed ## Run what is missing of every table and render all (SCALE=small|paper SEEDS=5)
-	$(BIN)/stabletrain table --all --scale $(SCALE) --seeds $(SEED_RANGE) --run
+	$(BIN)/stabletrain table --all --scale $(SCALE) $(SEED_OPTION) --run
 	$(BIN)/stabletrain table --reproducibility REPRODUCIBILITY.md
 
 table-%: $(VENV)/.installed ## One table, e.g. table-scalelong-feature-norm SCALE=small SEEDS=5
-	$(BIN)/stabletrain table $(call table_name,$*) --scale $(SCALE) --seeds $(SEED_RANGE) --run
+	$(BIN)/stabletrain table $(call table_name,$*) --scale $(SCALE) $(SEED_OPTION) --run
 
-# One seed is one architecture: 40 of them, or the paper's 200, unless SEEDS says otherwise.
-ifeq ($(origin SEEDS),file)
-table-wgan_gp-random-architectures: SEEDS = $(if $(filter paper,$(SCALE)),200,40)
-endif
 table-wgan_gp-random-architectures: $(VENV)/.installed ## Random architectures, with tests of who trains more of them
-	-$(BIN)/stabletrain table wgan_gp/random-architectures --scale $(SCALE) --seeds $(SEED_RANGE) --run
+	-$(BIN)/stabletrain table wgan_gp/random-architectures --scale $(SCALE) $(SEED_OPTION) --run
 	$(BIN)/stabletrain gan random-architectures runs/wgan_gp-random-architectures-$(SCALE) \
 		--metric $(if $(filter paper,$(SCALE)),eval/is50k_10splits_inception2015_raw,eval/cs1k_1split_digits-classifier_raw) \
 		$(if $(filter paper,$(SCALE)),$(foreach score,1 2 3 4 5 6 7 8 9,--minimum $(score))) --out results/$(SCALE)/wgan_gp

@@ -24,7 +24,9 @@ def table(
     scale: Annotated[
         str, typer.Option(metavar="small|paper", help="Sized for two CPU cores, or as published.")
     ] = "small",
-    seeds: Annotated[str, typer.Option(metavar="0-4", help="Seeds of every row.")] = "0-4",
+    seeds: Annotated[
+        str | None, typer.Option(metavar="0-4", help="Seeds of every row; without it as many as the table asks for.")
+    ] = None,
     run: Annotated[bool, typer.Option("--run", help="First run what is missing.")] = False,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Runs at once; 0 chooses.")] = 0,
     every: Annotated[bool, typer.Option("--all", help="Every table that is there.")] = False,
@@ -50,19 +52,19 @@ def table(
         write_summary(reproducibility, experiments, out)
         print(reproducibility)
         return EXIT_OK
+    chosen = seeds_of(seeds) if seeds else None
     known = find_tables(experiments)
     if not known:
         raise ConfigError(f"there are no tables below {experiments}: name the folder with --experiments")
     if list_only or (name is None and not every):
-        _list(experiments, known, scale, seeds_of(seeds), runs)
+        _list(experiments, known, scale, chosen, runs, make_engine(workers).workers)
         return EXIT_OK
     specs = [read_table(experiments, each) for each in (known if every else [name or ""])]
-    chosen = seeds_of(seeds)
-    studies = [(spec, jobs_of(spec, scale, chosen, runs)) for spec in specs]
+    studies = [(spec, jobs_of(spec, scale, chosen or spec.default_seeds(scale), runs)) for spec in specs]
     code = EXIT_OK
     if run:
         code = _run_missing(studies, scale, workers, quiet=quiet)
-    documents = [_render(spec, scale, jobs, chosen, out, show=not as_json) for spec, jobs in studies]
+    documents = [_render(spec, scale, jobs, out, show=not as_json) for spec, jobs in studies]
     if as_json:
         print_json({"run_dir": runs, "status": "done" if code == EXIT_OK else "failed", "step": 0, "metrics": {}}
                    | {"tables": documents})  # fmt: skip
@@ -118,7 +120,7 @@ def _run_missing(studies: list[tuple[TableSpec, list[Job]]], scale: str, workers
     return EXIT_FAILURE if failed else EXIT_OK
 
 
-def _render(spec: TableSpec, scale: str, jobs: Sequence[Job], seeds: Sequence[int], out: Path, *, show: bool) -> dict:
+def _render(spec: TableSpec, scale: str, jobs: Sequence[Job], out: Path, *, show: bool) -> dict:
     """Writes the table in every format and its figures; returns the JSON document."""
     import json
 
@@ -131,7 +133,7 @@ def _render(spec: TableSpec, scale: str, jobs: Sequence[Job], seeds: Sequence[in
         row.key: [read_run(job.run_dir) for job in jobs if job.row == row.key and is_run(job.run_dir)]
         for row in spec.rows
     }
-    built = build_table(spec, scale, runs, seeds)
+    built = build_table(spec, scale, runs, sorted({job.seed for job in jobs}))
     base = out / scale / spec.name
     base.parent.mkdir(parents=True, exist_ok=True)
     rendered = {ending: renderer(built) for ending, renderer in RENDERERS.items()}
@@ -161,12 +163,14 @@ def _render(spec: TableSpec, scale: str, jobs: Sequence[Job], seeds: Sequence[in
     return document
 
 
-def _list(experiments: Path, names: Sequence[str], scale: str, seeds: Sequence[int], runs: Path) -> None:
+def _list(
+    experiments: Path, names: Sequence[str], scale: str, seeds: Sequence[int] | None, runs: Path, workers: int
+) -> None:
     rows = []
     for name in names:
         spec = read_table(experiments, name)
-        jobs = jobs_of(spec, scale, seeds, runs)
+        jobs = jobs_of(spec, scale, seeds or spec.default_seeds(scale), runs)
         finished = sum(job_status(job).state in FINISHED for job in jobs)
-        minutes = missing_minutes(spec, scale, jobs)
+        minutes = missing_minutes(spec, scale, jobs) / workers
         rows.append([name, spec.title, f"{finished}/{len(jobs)}", duration(60 * minutes) if minutes else "-"])
-    print(text_table(["table", "title", f"runs ({scale})", "left to do"], rows))
+    print(text_table(["table", "title", f"runs ({scale})", f"left to do, {workers} at once"], rows))

@@ -16,6 +16,8 @@ from stabletrain.errors import ConfigError, nearest
 from stabletrain.training.config import read_toml
 
 SCALES = ("small", "paper")
+SEEDS = 5
+"""Runs of every row, where the table does not say another number."""
 DESCRIPTION = "table.toml"
 
 
@@ -84,6 +86,12 @@ class TableSpec:
     figures: tuple[Curve, ...]
     rows: tuple[Row, ...]
     deviations: tuple[str, ...]
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    """Runs of every row at a scale, where nothing else is asked for; `SEEDS` for a scale that is not named."""
+
+    def default_seeds(self, scale: str) -> range:
+        """The seeds of every row at a scale, where nothing else is asked for."""
+        return range(self.seeds.get(scale, SEEDS))
 
     @property
     def paper(self) -> str:
@@ -109,7 +117,7 @@ def read_table(root: Path, name: str) -> TableSpec:
         raise ConfigError(f"unknown table {name!r}: {hint}")
     path = folder / DESCRIPTION
     values = read_toml(path)
-    _refuse_unknown(path, values, ("title", "source", "caption", "columns", "figures", "deviations"))
+    _refuse_unknown(path, values, ("title", "source", "caption", "columns", "figures", "deviations", "seeds"))
     rows = sorted(
         (_read_row(file) for file in sorted(folder.glob("*.toml")) if file.name != DESCRIPTION),
         key=lambda row: (row.order, row.key),
@@ -128,12 +136,20 @@ def read_table(root: Path, name: str) -> TableSpec:
             figures=tuple(Curve(**entry) for entry in values.get("figures", [])),
             rows=tuple(rows),
             deviations=tuple(values.get("deviations", [])),
+            seeds=_seeds(path, values.get("seeds", {})),
         )
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not rows:
         raise ConfigError(f"{folder} has no rows: add one .toml file per row")
     return spec
+
+
+def _seeds(path: Path, values: Any) -> dict[str, int]:
+    if not isinstance(values, dict) or not all(isinstance(count, int) and count > 0 for count in values.values()):
+        raise ConfigError(f"{path}: [seeds] holds the number of runs of every row at a scale, as in small = {SEEDS}")
+    _refuse_unknown(path, values, SCALES)
+    return values
 
 
 def _columns(path: Path, entries: Mapping[str, Any] | list[Any], scale: str) -> tuple[Column, ...]:

@@ -96,7 +96,7 @@ def _made_with(scale: str, document: dict[str, Any]) -> str:
 
 
 def _how(spec: TableSpec, scale: str = "small") -> str:
-    return f"`make table-{spec.name.replace('/', '-', 1)} SCALE={scale} SEEDS=5` does it."
+    return f"`make table-{spec.name.replace('/', '-', 1)} SCALE={scale}` does it."
 
 
 def _anchor(name: str) -> str:

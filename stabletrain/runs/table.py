@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class Cell:
     """Runs that ended without reaching the score of a `steps-to:` column."""
     paired: PairedDifference | None
     paper: PaperValue | None
+    values: Mapping[int, float] = field(default_factory=dict)
+    """Each seed's number; NaN for a run that is missing or diverged, infinite for one that never got there."""
     without: bool = False
     """The runs of this row cannot have the column's metric."""
 
@@ -117,6 +119,7 @@ def build_table(spec: TableSpec, scale: str, runs: Mapping[str, Sequence[RunData
                 never=int(np.isinf(own).sum()),
                 paired=paired,
                 paper=row.values.get(column.paper),
+                values=dict(zip(seeds, own.tolist())),
                 without=column.metric in row.without,
             )
     for column in columns:
@@ -294,7 +297,7 @@ def to_latex(table: Table) -> str:
 
 
 def to_records(table: Table) -> list[dict[str, Any]]:
-    """One flat record per cell, for CSV and JSON; NaN as None."""
+    """One record per cell; flat but for `values`, each seed's number. What is not finite is None."""
     records = []
     for row in table.rows:
         for column in table.columns:
@@ -324,6 +327,7 @@ def to_records(table: Table) -> list[dict[str, Any]]:
                 "wilcoxon_p": paired.wilcoxon_p if paired else None,
                 "paper": cell.paper.value if cell.paper else None,
                 "paper_read": cell.paper.read if cell.paper else None,
+                "values": {str(seed): _finite_or_none(value) for seed, value in cell.values.items()},
             }
             records.append({key: _finite_or_none(value) for key, value in record.items()})
     return records
@@ -334,8 +338,8 @@ def _finite_or_none(value: Any) -> Any:
 
 
 def to_csv(table: Table) -> str:
-    """One line per cell."""
-    records = to_records(table)
+    """One line per cell, without the numbers of the single seeds."""
+    records = [{key: value for key, value in record.items() if key != "values"} for record in to_records(table)]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(records[0]) if records else ["row"], lineterminator="\n")
     writer.writeheader()

@@ -163,9 +163,19 @@ def test_a_table_from_nothing_and_again_after_a_loss(command: Command, engine: N
 
 
 def test_listing_says_what_is_left_to_do(command: Command, experiments: Path) -> None:
-    said = command("table", "--list")
-    assert said.code == 0
-    assert said.out.splitlines()[1].split() == ["paper/toy", "A", "toy", "table", "0/10", "5", "min"]
+    """For as many runs at once as asked for, and as many seeds as the table says where none are asked for."""
+
+    def line(*more: str) -> list[str]:
+        said = command("table", "--list", *more)
+        assert said.code == 0
+        return said.out.splitlines()[1].split()
+
+    assert line("--workers", "1") == ["paper/toy", "A", "toy", "table", "0/10", "5", "min"]
+    with (experiments / "experiments" / "paper" / "toy" / "table.toml").open("a") as description:
+        description.write("[seeds]\nsmall = 3\n")
+    assert line("--workers", "1")[4:] == ["0/6", "3", "min"]
+    assert line("--workers", "2")[4:] == ["0/6", "1", "min", "30", "s"]
+    assert line("--workers", "1", "--seeds", "7")[4:] == ["0/2", "1", "min"]
 
 
 @pytest.mark.parametrize(

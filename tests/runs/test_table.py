@@ -128,6 +128,25 @@ def test_what_a_row_cannot_have_is_not_missing(root: Path, tmp_path: Path) -> No
         assert ("1/1 missing" in to_markdown(found)) == (not more)
 
 
+def test_the_json_holds_the_number_of_each_seed(table: Table) -> None:
+    cells = {(each["row"], each["column"]): each["values"] for each in json.loads(to_json(table))["cells"]}
+    assert cells["none", "score"] == {"0": 0.5, "1": 0.6, "2": 0.7}
+    assert cells["ls", "score"] == {"0": 0.2, "1": None, "2": 0.5}
+    assert "values" not in next(iter(csv.DictReader(io.StringIO(to_csv(table)))))
+
+
+def test_a_table_says_how_many_seeds_it_needs_at_a_scale(root: Path) -> None:
+    assert read_table(root, "paper/main").default_seeds("small") == range(5)
+    description = root / "paper" / "main" / "table.toml"
+    description.write_text(TABLE + "[seeds]\nsmall = 2\n")
+    spec = read_table(root, "paper/main")
+    assert (spec.default_seeds("small"), spec.default_seeds("paper")) == (range(2), range(5))
+    for wrong, message in (("small = 0", "number of runs"), ("smal = 3", "small")):
+        description.write_text(TABLE + f"[seeds]\n{wrong}\n")
+        with pytest.raises(ConfigError, match=message):
+            read_table(root, "paper/main")
+
+
 def test_the_papers_number_stands_beside_ours_with_the_difference(table: Table) -> None:
     assert "0.5 (+0.10)" in to_markdown(table)
     assert "read in: the README" in to_markdown(table)
