@@ -147,7 +147,11 @@ def test_ctrl_c_before_the_training_is_exit_code_130(command: Command, monkeypat
         signal.raise_signal(signal.SIGINT)  # to this very thread: kill() may reach another one, and later
 
     monkeypatch.setattr(train_module, "execute", interrupt)
-    assert command("toy").code == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts ignoring it
+    try:
+        assert command("toy").code == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
