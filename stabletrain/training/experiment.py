@@ -100,6 +100,17 @@ class Needed:
 
 
 @dataclass(frozen=True)
+class OpenedWeights:
+    """A model out of a published file, without a run."""
+
+    experiment: Experiment
+    state: State
+    """Enough of a state to sample from."""
+    what: str
+    """The network, as the user reads it."""
+
+
+@dataclass(frozen=True)
 class Family:
     """A test bed as the command line sees it. Functions import JAX when they are called, not before."""
 
@@ -116,6 +127,10 @@ class Family:
     """`sample(experiment, state, options, context)` -> files by relative path; `options` is a `sample_options`."""
     sample_options: type | None = None
     """A frozen dataclass of `option(...)` fields: what `stabletrain sample` takes besides the run directory."""
+    open_weights: Callable[..., OpenedWeights] | None = None
+    """`open_weights(file, options, *, devices)`: the model of a published file; `options` is a `weights_options`."""
+    weights_options: type | None = None
+    """A frozen dataclass of `option(...)` fields: what `stabletrain sample --weights FILE` may be told of the file."""
     subcommands: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     needs: Callable[[Any], Needed | None] | None = None
     """`needs(config)` -> the run that a run of this config starts from, where it is still to be trained."""
