@@ -7,18 +7,19 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stabletrain.cli.families import all_families
-from stabletrain.cli.options import fields_with_types, parameters, typed_values, union_of
+from stabletrain.cli.options import fields_with_types, flag, parameters, typed_values, union_of
 from stabletrain.cli.progress import OpenReporter, make_reporter
 from stabletrain.cli.stored import RUN, Trained, Work, find_run, load_trained, open_run
 from stabletrain.cli.text import number, pairs, print_json
 from stabletrain.cli.train import shown_path
-from stabletrain.errors import EXIT_OK, ConfigError, RunDirectoryError
+from stabletrain.errors import EXIT_OK, ConfigError, RunDirectoryError, nearest
 from stabletrain.training.config import checked_values
 from stabletrain.training.experiment import Evaluation, Family
 
@@ -30,7 +31,9 @@ COMMON = {
     "run": (Annotated[str, RUN], inspect.Parameter.empty),
     "out": (
         Path | None,
-        typer.Option(None, "--out", "-o", metavar="DIR", help="Folder. [default: RUN/samples/<step>-<settings>]"),
+        typer.Option(
+            None, "--out", "-o", metavar="DIR", help="Folder. [default: samples/<step>-<settings> of the run]"
+        ),
     ),
     "checkpoint": (str, typer.Option("newest", "--checkpoint", metavar="STEP|newest|best", help="Which checkpoint.")),
     "devices": (int, typer.Option(0, "--devices", help="Devices to use; 0: all.", min=0, show_default=False)),
@@ -40,7 +43,9 @@ COMMON = {
 """Options of `sample` and `evaluate` whatever the family: name -> (type, option)."""
 
 
-SAMPLE_HELP = """Make samples with a trained model. Needs no data set.
+SAMPLE_HELP = """Make samples with a trained model: a run's, or one of published weights. Needs no data set.
+
+`sample RUN`, or `sample --weights FILE` with a checkpoint of U-ViT, DDPM, improved DDPM or ADM.
 
 Interrupted, it keeps the finished part, and the same command goes on from there.
 """
@@ -51,41 +56,136 @@ finished, and the same command goes on from there.
 """
 
 
+WEIGHTS = typer.Option(
+    None,
+    "--weights",
+    metavar="ema|raw|FILE",
+    help="Of a run: its moving average or its last weights. Without a run: a published checkpoint (.pth, .pt, "
+    ".safetensors or .npz).",
+    show_default=False,
+)
+OF_A_RUN = ("ema", "raw")
+
+
 def sample_command() -> Callable[..., int]:
     """The command, with the sampling options of every family that samples."""
+    opener = next(family for family in all_families() if family.open_weights)  # the one family that opens files
+    assert opener.weights_options is not None
+    about_file = fields_with_types(opener.weights_options)
 
     def sample(
-        run: str, out: Path | None, checkpoint: str, devices: int, as_json: bool, quiet: bool, **given: Any
+        run: str | None,
+        out: Path | None,
+        checkpoint: str,
+        devices: int,
+        as_json: bool,
+        quiet: bool,
+        weights: str | None,
+        **given: Any,
     ) -> int:
-        path = find_run(run)
-        trained = load_trained(path, with_data=False, which=checkpoint, devices=devices)
-        folder, files = _sample(trained, given, out, quiet=quiet)
+        told = {name: given.pop(name) for name in about_file}
+        if run is None:
+            source = _opened(opener, weights, typed_values(about_file, told), checkpoint, devices)
+        else:
+            _refuse_file(weights, told)
+            given["weights"] = weights
+            trained = load_trained(find_run(run), with_data=False, which=checkpoint, devices=devices)
+            source = _Source(
+                trained.family,
+                trained.experiment,
+                trained.state,
+                str(trained.run.path),
+                {"run": trained.run.path.name, "step": trained.step},
+                lambda digest: trained.run.path / "samples" / f"{trained.step:08d}-{digest}",
+            )
+        folder, files = _sample(source, given, out, quiet=quiet)
         if as_json:
-            done = {"run_dir": trained.run.path, "status": "sampled", "step": trained.step, "metrics": {}}
+            done: dict[str, Any] = {
+                "run_dir": None if run is None else source.named,
+                "status": "sampled",
+                "step": source.settings.get("step"),
+                "metrics": {},
+            }
             print_json({**done, "out": folder, "files": files})
         else:
-            print(pairs({"samples": str(shown_path(folder.absolute())), "files": _shortened(files)}))
+            what = {"network": source.what} if source.what else {}
+            print(pairs({**what, "samples": str(shown_path(folder.absolute())), "files": _shortened(files)}))
         return EXIT_OK
 
     options = {
-        family.name: fields_with_types(family.sample_options) for family in all_families() if family.sample_options
+        family.name: {
+            name: entry for name, entry in fields_with_types(family.sample_options).items() if name != "weights"
+        }
+        for family in all_families()
+        if family.sample_options
     }
     kind = inspect.Parameter.KEYWORD_ONLY
-    common = [inspect.Parameter(name, kind, default=info, annotation=of) for name, (of, info) in COMMON.items()]
+    heads = {**COMMON, "run": (Annotated[str | None, RUN], None), "weights": (str | None, WEIGHTS)}
+    common = [inspect.Parameter(name, kind, default=info, annotation=of) for name, (of, info) in heads.items()]
     panel = "Sampling" if len(options) < 2 else f"Sampling (by family: {', '.join(options)})"
-    sample.__signature__ = inspect.Signature([*common, *parameters(union_of(options), panel)])  # type: ignore[attr-defined]
+    own = [*parameters(union_of(options), panel), *parameters(about_file, "Published weights (--weights FILE)")]
+    sample.__signature__ = inspect.Signature([*common, *own])  # type: ignore[attr-defined]
     sample.__annotations__ = {}
     sample.__doc__ = SAMPLE_HELP
     return sample
 
 
-def _sample(trained: Trained, given: Mapping[str, Any], out: Path | None, *, quiet: bool) -> tuple[Path, list[str]]:
-    family = trained.family
+@dataclass(frozen=True)
+class _Source:
+    """A model to sample from: a run's at a checkpoint, or one out of a file."""
+
+    family: Family
+    experiment: Any
+    state: Any
+    named: str
+    settings: Mapping[str, Any]
+    """What tells these samples from those of another model."""
+    folder: Callable[[str], Path]
+    """Where samples go that were given no place, by the digest of their settings."""
+    what: str = ""
+
+
+def _opened(family: Family, weights: str | None, told: Mapping[str, Any], checkpoint: str, devices: int) -> _Source:
+    """The model of a file. Raises: `ConfigError` without one, `DataError` for one that cannot be read."""
+    if weights is None or weights in OF_A_RUN:
+        raise ConfigError("name a RUN to sample from, or a file of published weights by --weights FILE")
+    if checkpoint != "newest":
+        raise ConfigError("--checkpoint does nothing with --weights FILE: it belongs to a run")
+    assert family.open_weights is not None
+    assert family.weights_options is not None
+    file = Path(weights).expanduser()
+    options = family.weights_options(**checked_values(family.weights_options, told))
+    opened = family.open_weights(file, options, devices=devices)
+    with file.open("rb") as stream:
+        settings = {"weights": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "told": told}
+    return _Source(
+        family,
+        opened.experiment,
+        opened.state,
+        str(file),
+        settings,
+        lambda digest: Path("samples") / f"{file.stem}-{digest}",
+        opened.what,
+    )
+
+
+def _refuse_file(weights: str | None, told: Mapping[str, Any]) -> None:
+    """Raises: `ConfigError` for options of a published file beside a run."""
+    if weights not in (None, *OF_A_RUN):
+        hint = "give either the run or the file" if Path(str(weights)).is_file() else nearest(str(weights), OF_A_RUN)
+        raise ConfigError(f"--weights {weights} is neither ema nor raw, the weights of a run: {hint}")
+    for name, value in told.items():
+        if value is not None:
+            raise ConfigError(f"{flag(name)} does nothing with a run, which knows it: it belongs to --weights FILE")
+
+
+def _sample(source: _Source, given: Mapping[str, Any], out: Path | None, *, quiet: bool) -> tuple[Path, list[str]]:
+    family = source.family
     if family.sample is None or family.sample_options is None:
-        raise ConfigError(f"{trained.run.path} is a run of {family.name}, which makes no samples")
+        raise ConfigError(f"{source.named} is a run of {family.name}, which makes no samples")
     values = _sampling_values(family, given)
-    settings = {"run": trained.run.path.name, "step": trained.step, "options": values}
-    folder = out or trained.run.path / "samples" / f"{trained.step:08d}-{_digest(settings)}"
+    settings = {**source.settings, "options": values}
+    folder = out or source.folder(_digest(settings))
     _refuse_other_content(folder, settings)
     options = family.sample_options(**values)
 
@@ -94,7 +194,7 @@ def _sample(trained: Trained, given: Mapping[str, Any], out: Path | None, *, qui
 
         assert family.sample is not None
         with StopRequest() as stop:
-            return family.sample(trained.experiment, trained.state, options, Work(folder / SCRATCH, reporter, stop))
+            return family.sample(source.experiment, source.state, options, Work(folder / SCRATCH, reporter, stop))
 
     from stabletrain.training.run_directory import readable_errors
 

@@ -42,8 +42,8 @@ def find_run(named: str) -> Path:
         raise RunDirectoryError(f"{given} is not a run directory (a run has a config.toml)")
     if given.is_file():
         raise RunDirectoryError(
-            f"{given} is a file, not a run; published weights become one by `stabletrain diffusion import {given} "
-            "--out DIR` (BigGAN's by `stabletrain gan import`)"
+            f"{given} is a file, not a run; published weights of a diffusion model are sampled from by `stabletrain "
+            f"sample --weights {given}`, and become a run by `stabletrain diffusion import` (BigGAN's by `gan import`)"
         )
     folder = given.parent if given.parent != Path() else RUNS
     known = [path.parent.name for path in sorted(folder.glob("*/config.toml"))] if folder.is_dir() else []

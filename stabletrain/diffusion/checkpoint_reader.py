@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from stabletrain.errors import DataError
+from stabletrain.nn.torch_file import read_arrays
+
+FIRST_KERNELS = ("patch_embed.proj.weight", "input_blocks.0.0.weight", "conv_in.weight")
+"""The array by which each known way of naming is told: U-ViT's, improved DDPM's and ADM's, DDPM's."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The network of a file: its arrays by name, without what the file puts before the names."""
+
+    path: Path
+    arrays: Mapping[str, np.ndarray]
+    chosen: str = ""
+    """What the file calls this network, where it holds others too."""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The network that a file holds: alone, within a container, or beside others and the state of an optimiser.
+
+    Of a network and its moving average the average is taken: what is called "ema", or the last of a list, as the
+    released code of DDIM writes it: [network, optimiser, epoch, step, average]. "module." before names is dropped.
+    Raises: `DataError` for no weights file, for no known network and for several of which none is an average.
+    """
+    arrays = read_arrays(path)
+    before = [
+        name.removesuffix(kernel)
+        for name in arrays
+        for kernel in FIRST_KERNELS
+        if name == kernel or name.endswith(f".{kernel}")
+    ]
+    if not before:
+        first = ", ".join(sorted(arrays)[:3])
+        raise DataError(
+            f"{path} is no checkpoint of U-ViT, DDPM, improved DDPM or ADM: its arrays are called {first}, ..."
+        )
+    if len(before) == 1:
+        chosen = before[0]
+    elif averages := [name for name in before if "ema" in re.split("[._]", name.lower())]:
+        chosen = averages[0]
+    elif all(name.split(".")[0].isdecimal() for name in before):
+        chosen = max(before, key=lambda name: int(name.split(".")[0]))
+    else:
+        names = ", ".join(repr(name.rstrip(".")) for name in before)
+        raise DataError(f"{path} holds {len(before)} networks, and none is called an average (ema): {names}")
+    network = {name.removeprefix(chosen): array for name, array in arrays.items() if name.startswith(chosen)}
+    return Checkpoint(path, network, chosen.rstrip(".") if len(before) > 1 else "")
 
 
 class CheckpointReader:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabletrain.diffusion.config import SAMPLER_NAMES, DiffusionConfig, reads_text, resolve
 from stabletrain.diffusion.frontier_command import frontier
 from stabletrain.diffusion.import_command import import_weights
+from stabletrain.diffusion.published import PublishedOptions
 from stabletrain.diffusion.theory_command import theory
 from stabletrain.training.config import option
-from stabletrain.training.experiment import EvaluationContext, Family, Shorthand
+from stabletrain.training.experiment import EvaluationContext, Family, OpenedWeights, Shorthand
 
 if TYPE_CHECKING:
     from stabletrain.diffusion.experiment import DiffusionExperiment, DiffusionState
@@ -74,6 +76,20 @@ def sample(
     return sample_files(experiment, state, options, context)
 
 
+def open_weights(file: Path, options: PublishedOptions, *, devices: int) -> OpenedWeights:
+    """A published checkpoint's model. Raises: `DataError`, `ConfigError` as `read_published` and `experiment_of`."""
+    from stabletrain.diffusion.published import experiment_of, read_published
+
+    published = read_published(file, options, named=False)
+    experiment, due = experiment_of(published, devices)
+    import jax
+    import jax.numpy as jnp
+
+    params = jax.tree.map(jnp.asarray, published.params)
+    # The rest of a training state is never read by sampling, and stays a description.
+    return OpenedWeights(experiment, due.replace(params=params, ema=None), published.what)
+
+
 FAMILY = Family(
     name="diffusion",
     help="Train a diffusion model; ScaleLong's scaling of long skip connections keeps it stable.",
@@ -85,5 +101,7 @@ FAMILY = Family(
     },
     sample=sample,
     sample_options=SampleOptions,
+    open_weights=open_weights,
+    weights_options=PublishedOptions,
     subcommands={"theory": theory, "frontier": frontier, "import": import_weights},
 )

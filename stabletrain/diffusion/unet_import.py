@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from stabletrain.diffusion.checkpoint_reader import CheckpointReader
+from stabletrain.diffusion.checkpoint_reader import Checkpoint, CheckpointReader
 from stabletrain.errors import DataError
-from stabletrain.nn.torch_file import read_arrays
 
 WIDTH_OF_32_GROUPS = 128
 QKV_ORDERS = ("head", "whole")
@@ -49,21 +48,23 @@ def is_unet(names: Iterable[str]) -> bool:
     return "input_blocks.0.0.weight" in present or {"conv_in.weight", "temb.dense.0.weight"} <= present
 
 
-def block_style_of(path: Path) -> str:
-    """`ddpm`, `iddpm` or `adm`. Raises: `DataError` as `read_unet`."""
-    names = read_arrays(path)
+def block_style_of(names: Iterable[str]) -> str:
+    """`ddpm`, `iddpm` or `adm`, by the array names of a UNet."""
+    names = set(names)
     if "conv_in.weight" in names:
         return "ddpm"
     return "iddpm" if any(re.match(r"input_blocks\.\d+\.0\.op\.", name) for name in names) else "adm"
 
 
-def read_unet(path: Path, *, heads: int = 0, head_channels: int = 0, qkv_order: str = "head") -> ImportedUNet:
+def read_unet(
+    checkpoint: Checkpoint, *, heads: int = 0, head_channels: int = 0, qkv_order: str = "head"
+) -> ImportedUNet:
     """The network of a UNet checkpoint. `heads` or `head_channels` divide its attention.
 
-    Raises: `DataError` of one line: no weights file, another network, a UNet with parts that ours has not (named), or
-    arrays of shapes that do not fit each other.
+    Raises: `DataError` of one line: another network, a UNet with parts that ours has not (named), or arrays of shapes
+    that do not fit each other.
     """
-    arrays = dict(read_arrays(path))
+    path, arrays = checkpoint.path, dict(checkpoint.arrays)
     if not is_unet(arrays):
         raise DataError(f"{path} is no UNet checkpoint: its arrays are called {', '.join(sorted(arrays)[:3])}, ...")
     if "conv_in.weight" in arrays:
@@ -126,7 +127,7 @@ class _Improved(_Names):
         if not outputs or outputs % levels:
             raise DataError(f"{take.path}: {outputs} decoder blocks do not divide into {levels} levels")
         blocks = outputs // levels - 1
-        self.style = block_style_of(take.path)
+        self.style = block_style_of(take.left)
         convolutional = self.style == "iddpm"
 
         stem = take.convolution("input_blocks.0.0", None, None)

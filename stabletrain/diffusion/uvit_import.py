@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from stabletrain.diffusion.checkpoint_reader import CheckpointReader
+from stabletrain.diffusion.checkpoint_reader import Checkpoint, CheckpointReader
 from stabletrain.errors import DataError
-from stabletrain.nn.torch_file import read_arrays
 
 HEAD_SIZE = 64
 """Features of an attention head in every published U-ViT; a checkpoint does not say."""
@@ -37,13 +35,13 @@ class ImportedUViT:
     """(L, D) of the text features that a text-to-image network reads."""
 
 
-def read_uvit(path: Path) -> ImportedUViT:
+def read_uvit(checkpoint: Checkpoint) -> ImportedUViT:
     """The network of a U-ViT checkpoint.
 
-    Raises: `DataError` of one line: no weights file, another network, a U-ViT with parts that ours has not (named), or
-    arrays of shapes that do not fit each other.
+    Raises: `DataError` of one line: another network, a U-ViT with parts that ours has not (named), or arrays of shapes
+    that do not fit each other.
     """
-    arrays = dict(read_arrays(path))
+    path, arrays = checkpoint.path, dict(checkpoint.arrays)
     if not {"patch_embed.proj.weight", "pos_embed", "decoder_pred.weight"} <= set(arrays):
         first = ", ".join(sorted(arrays)[:3])
         raise DataError(f"{path} is no U-ViT checkpoint: its arrays are called {first}, ...")

@@ -40,6 +40,16 @@ def test_options_of_the_same_name_in_several_families_can_share_one_flag() -> No
                 assert kinds.setdefault(name, "bool" in str(annotation)) == ("bool" in str(annotation)), name
 
 
+def test_what_is_told_of_a_published_file_is_no_option_of_sampling() -> None:
+    """`sample` has both: a name in both could not be told apart."""
+    sampling = {
+        name for family in all_families() if family.sample_options for name in fields_with_types(family.sample_options)
+    }
+    (opener,) = [family for family in all_families() if family.open_weights]
+    assert opener.weights_options is not None
+    assert not sampling & set(fields_with_types(opener.weights_options))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [

@@ -126,7 +126,7 @@ def test_a_run_of_a_family_that_is_not_here_can_still_be_shown(command: Command,
         ("runs/furst", "did you mean 'first'?"),
         ("elsewhere/first", "none at all in elsewhere"),
         ("runs", "runs is not a run directory"),
-        ("runs/first/config.toml", "is a file, not a run; published weights become one by"),
+        ("runs/first/config.toml", "is a file, not a run; published weights of a diffusion model are"),
     ],
 )
 def test_an_unknown_run_is_refused_with_the_nearest(toy_run: Path, command: Command, named: str, message: str) -> None:

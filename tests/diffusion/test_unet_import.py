@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from stabletrain.cli.main import run
+from stabletrain.diffusion.checkpoint_reader import open_checkpoint
 from stabletrain.diffusion.unet import STYLES, UNet
 from stabletrain.diffusion.unet_import import read_unet
 from stabletrain.errors import DataError
@@ -137,7 +138,7 @@ def test_every_array_comes_to_its_place(style, tmp_path):
     params = params_of(network)
     path = tmp_path / "unet.npz"
     np.savez(path, **named(params))
-    found = read_unet(path, **options)
+    found = read_unet(open_checkpoint(path), **options)
     assert (found.block_style, found.channels, found.width, found.multipliers, found.blocks) == (
         style,
         3,
@@ -184,9 +185,9 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
     def refused(message: str, changed: dict, **options) -> None:
         np.savez(tmp_path / "a.npz", **changed)
         with pytest.raises(DataError, match=message):
-            read_unet(tmp_path / "a.npz", **{"heads": HEADS, **options})
+            read_unet(open_checkpoint(tmp_path / "a.npz"), **{"heads": HEADS, **options})
 
-    refused(r"no UNet checkpoint: its arrays are called w", {"w": np.zeros(2)})
+    refused(r"no checkpoint of U-ViT, DDPM, improved DDPM or ADM: its arrays are called w", {"w": np.zeros(2)})
     refused(r"lacks middle_block.1.norm.bias", {k: v for k, v in arrays.items() if k != "middle_block.1.norm.bias"})
     refused(r"1 arrays that our UNet has no place for: more.weight", {**arrays, "more.weight": np.zeros(2)})
     refused(r"not divided by 3 heads", arrays, heads=3)

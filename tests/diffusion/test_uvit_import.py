@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stabletrain.cli.main import run
+from stabletrain.diffusion.checkpoint_reader import open_checkpoint
 from stabletrain.diffusion.uvit import UViT
 from stabletrain.diffusion.uvit_import import read_uvit
 from stabletrain.errors import DataError
@@ -71,7 +72,7 @@ def test_every_array_of_a_file_written_by_torch_comes_to_its_place(tmp_path, lab
     params = params_of(network)
     path = tmp_path / "nnet_ema.pth"
     torch.save({name: torch.tensor(array) for name, array in released_names(params).items()}, path)
-    found = read_uvit(path)
+    found = read_uvit(open_checkpoint(path))
     assert (found.image_size, found.channels, found.patch_size, found.width, found.depth) == (8, 2, 2, 16, 6)
     assert found.embeddings == (labels + 1 if labels else 0)
     expected, ours = by_name(params), by_name(found.params)
@@ -88,15 +89,21 @@ def write(path, arrays):
 def test_other_networks_missing_and_additional_arrays_are_named(tmp_path):
     arrays = released_names(params_of(network_of(depth=2)))
     with pytest.raises(DataError, match=r"no U-ViT checkpoint: its arrays are called input_blocks"):
-        read_uvit(write(tmp_path / "a.npz", {"input_blocks.0.0.weight": np.zeros(3)}))
+        read_uvit(open_checkpoint(write(tmp_path / "a.npz", {"input_blocks.0.0.weight": np.zeros(3)})))
     with pytest.raises(DataError, match=r"lacks in_blocks.0.norm2.bias"):
-        read_uvit(write(tmp_path / "b.npz", {k: v for k, v in arrays.items() if k != "in_blocks.0.norm2.bias"}))
+        read_uvit(
+            open_checkpoint(
+                write(tmp_path / "b.npz", {k: v for k, v in arrays.items() if k != "in_blocks.0.norm2.bias"})
+            )
+        )
     with pytest.raises(DataError, match=r"1 arrays that our U-ViT has no place for: time_embed.0.weight"):
-        read_uvit(write(tmp_path / "c.npz", {**arrays, "time_embed.0.weight": np.zeros(3)}))
+        read_uvit(open_checkpoint(write(tmp_path / "c.npz", {**arrays, "time_embed.0.weight": np.zeros(3)})))
     with pytest.raises(DataError, match=r"pos_embed has shape|not those of a square"):
-        read_uvit(write(tmp_path / "d.npz", {**arrays, "pos_embed": np.zeros((1, 12, 16))}))
+        read_uvit(open_checkpoint(write(tmp_path / "d.npz", {**arrays, "pos_embed": np.zeros((1, 12, 16))})))
     with pytest.raises(DataError, match=r"mid_block.attn.proj.weight has shape \(3, 3\), but \(16, 16\) is due"):
-        read_uvit(write(tmp_path / "e.npz", {**arrays, "mid_block.attn.proj.weight": np.zeros((3, 3))}))
+        read_uvit(
+            open_checkpoint(write(tmp_path / "e.npz", {**arrays, "mid_block.attn.proj.weight": np.zeros((3, 3))}))
+        )
 
 
 def test_an_imported_checkpoint_is_a_run_with_the_network_s_own_output(tmp_path, capsys):
@@ -122,7 +129,7 @@ def test_a_text_to_image_checkpoint_is_a_run_that_is_sampled_from_texts(tmp_path
     network = network_of(channels=4, patch_size=4, depth=2, context_shape=(77, 6))
     params = params_of(network)
     file = write(tmp_path / "t2i.npz", released_names(params))
-    found = read_uvit(file)
+    found = read_uvit(open_checkpoint(file))
     assert (found.image_size, found.context_shape) == (8, (77, 6))
     expected, ours = by_name(params), by_name(found.params)
     assert set(ours) == set(expected)
