@@ -53,6 +53,13 @@ class Cell:
         rates = np.asarray(self.rates)
         return [float(rates[works[:, seed]].max(initial=0.0)) for seed in range(works.shape[1])]
 
+    def at(self, rates: Sequence[float]) -> Cell:
+        """The same at some of its rates, in their order. Raises: `ValueError` for a rate that is none of them."""
+        rows = [self.rates.index(rate) for rate in rates]
+        return Cell(
+            self.scaling, self.depth, tuple(rates), self.final[rows], self.oscillation[rows], self.overflow[rows]
+        )
+
     def numbers(self, threshold: float) -> dict[str, Any]:
         """Everything as plain values; what is not finite as None."""
 
@@ -68,6 +75,16 @@ class Cell:
             "first_overflow": self.overflow.astype(int).tolist(),
             "largest_rate": self.largest_rate(threshold),
         }
+
+
+def joined(cells: Sequence[Cell]) -> Cell:
+    """One cell of several, of one scaling and depth and at different rates."""
+    return Cell(
+        cells[0].scaling,
+        cells[0].depth,
+        sum((cell.rates for cell in cells), ()),
+        *(np.concatenate([getattr(cell, name) for cell in cells]) for name in ("final", "oscillation", "overflow")),
+    )
 
 
 def train_cell(
@@ -140,9 +157,10 @@ def train_cell(
 def _around_line(tail: Floats) -> Floats:
     """Standard deviation of each row around its least-squares line; NaN where a row is not finite."""
     place = np.arange(tail.shape[1]) - (tail.shape[1] - 1) / 2
-    centred = tail - tail.mean(axis=1, keepdims=True)
-    slope = centred @ place / (place @ place)
-    return np.asarray(np.std(centred - slope[:, None] * place, axis=1))
+    with np.errstate(invalid="ignore"):  # a run that blew up
+        centred = tail - tail.mean(axis=1, keepdims=True)
+        slope = centred @ place / (place @ place)
+        return np.asarray(np.std(centred - slope[:, None] * place, axis=1))
 
 
 LABELS = {"none": "unscaled", "sqrt2": "1/sqrt(2)", "cs": "CS", "ls": "LS"}

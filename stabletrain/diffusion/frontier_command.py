@@ -109,26 +109,37 @@ def frontier(
 
 
 def _kept_cell(parts: Path, scaling: str, depth: int, options: FrontierOptions) -> Any:
-    """From an earlier call with the same settings, else trained and kept."""
+    """Rates that an earlier call with the same settings trained are read, the others trained and kept."""
     import numpy as np
 
-    from stabletrain.diffusion.frontier import Cell, train_cell
+    from stabletrain.diffusion.frontier import Cell, joined, train_cell
 
     settings = {
         name: value
         for name, value in dataclasses.asdict(options).items()
-        if name not in ("scalings", "depths", "threshold")
+        if name not in ("scalings", "depths", "threshold", "rates")
     }
     asked = json.dumps(settings)
     path = parts / f"{scaling}-{depth}.npz"
+    cells = []
     if path.is_file():
         with np.load(path) as kept:
             if str(kept["settings"]) == asked:
-                return Cell(scaling, depth, options.rates, kept["final"], kept["oscillation"], kept["overflow"])
-    rates = settings.pop("rates")
-    cell = train_cell(scaling, depth, rates, **settings)
-    unfinished = path.with_name(f".{path.name}")
-    with unfinished.open("wb") as stream:
-        np.savez(stream, settings=asked, final=cell.final, oscillation=cell.oscillation, overflow=cell.overflow)
-    unfinished.replace(path)
-    return cell
+                rates = tuple(kept["rates"].tolist())
+                cells.append(Cell(scaling, depth, rates, kept["final"], kept["oscillation"], kept["overflow"]))
+    missing = [rate for rate in options.rates if not any(rate in cell.rates for cell in cells)]
+    if missing:
+        cells.append(train_cell(scaling, depth, missing, **settings))
+        whole = joined(cells)
+        unfinished = path.with_name(f".{path.name}")
+        with unfinished.open("wb") as stream:
+            np.savez(
+                stream,
+                settings=np.asarray(asked),
+                rates=np.asarray(whole.rates),
+                final=whole.final,
+                oscillation=whole.oscillation,
+                overflow=whole.overflow,
+            )
+        unfinished.replace(path)
+    return joined(cells).at(options.rates)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from stabletrain.diffusion.frontier import Cell, _around_line, frontier_table
+from stabletrain.diffusion.frontier import Cell, _around_line, frontier_table, joined
 
 
 def cell() -> Cell:
@@ -29,6 +29,16 @@ def test_what_is_not_finite_is_none_in_the_document_and_out_of_the_table():
     assert numbers["first_overflow"][2] == [7, 0]
 
 
+def test_rates_are_joined_and_taken_out_with_their_rows():
+    whole = cell()
+    parts = [whole.at((1e-1,)), whole.at((1e-2, 1e-3))]
+    assert joined(parts).rates == (1e-1, 1e-2, 1e-3)
+    again = joined(parts).at(whole.rates)
+    assert json.dumps(again.numbers(0.5)) == json.dumps(whole.numbers(0.5))
+    with pytest.raises(ValueError, match="not in tuple"):
+        whole.at((2.0,))
+
+
 def test_oscillation_is_around_the_line():
     place = np.arange(50.0)
     np.testing.assert_allclose(_around_line(np.stack([3 - 0.1 * place, np.ones(50)])), 0.0, atol=1e-12)
@@ -38,7 +48,8 @@ def test_oscillation_is_around_the_line():
 
 
 @pytest.mark.slow
-def test_the_command_keeps_finished_parts(tmp_path, capsys):
+def test_the_command_keeps_finished_parts(tmp_path, capsys, monkeypatch):
+    from stabletrain.diffusion import frontier as laboratory
     from stabletrain.diffusion.frontier_command import frontier
 
     preset = tmp_path / "figure.toml"
@@ -52,6 +63,17 @@ def test_the_command_keeps_finished_parts(tmp_path, capsys):
     kept = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
     assert frontier(out=out, preset=preset, depths=[1], steps=4, seeds=2, as_json=True, quiet=True) == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()} == kept
+
+    trained = []
+    monkeypatch.setattr(
+        laboratory, "train_cell", lambda *given, **settings: trained.append(given) or cell().at((1e-1,))
+    )
+    again = {"out": out, "preset": preset, "depths": [1], "steps": 4, "seeds": 2, "as_json": True, "quiet": True}
+    assert frontier(**again, rates=[1e-2, 1e-1]) == 0
+    assert trained == [("none", 1, [1e-1]), ("cs", 1, [1e-1])], "only the rate that was missing"
+    longer = json.loads((out / "frontier.json").read_text())
+    assert longer["cells"][0]["final_loss"][0] == document["cells"][0]["final_loss"][1]
+    assert longer["cells"][0]["first_overflow"][1] == [7, 0]
 
 
 def test_a_rate_that_is_far_too_large_overflows_and_a_small_one_does_not():
