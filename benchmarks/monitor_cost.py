@@ -2,10 +2,10 @@
 
 Both programs are compiled by `compile_step` in one process and run in short turns, so that whatever else the machine
 does falls on both. The cost is the median over turns of (time with) / (time without) - 1; half of the turns lie between
-the quartiles, and the fastest turns of both are those least disturbed. It is measured on the devices that a run would
-take, and on one. Run it on an idle machine:
+the quartiles, and the fastest turns of both are those least disturbed. It is measured on one device, as runs take, and
+on `--devices`. Run it on an idle machine:
 
-    python benchmarks/monitor_cost.py [--turns 40] [--devices N] [--out FILE.json]
+    python benchmarks/monitor_cost.py [--turns 40] [--devices 2] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--seconds-per-turn", type=float, default=0.25)
-    parser.add_argument("--devices", type=int, default=0)
+    parser.add_argument("--devices", type=int, default=min(2, cpu_cores()))
     parser.add_argument("--only", choices=("unet", "mlp"))
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()

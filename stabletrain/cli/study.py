@@ -21,9 +21,8 @@ from stabletrain.training.experiment import Family
 
 SECONDS_BETWEEN_LINES = 10.0
 PRESET = "study.toml"
-CORES_PER_WORKER = 2
-"""Two runs of one core each take about as long as one after the other on both: more runs at once only pay when there
-are more cores."""
+GIBIBYTES_PER_WORKER = 2
+"""Of memory, for the default number of runs at once: what a run sized for two cores takes at most."""
 
 
 def seeds_of(text: str) -> list[int]:
@@ -43,7 +42,9 @@ def accelerators() -> list[str]:
 
 
 def make_engine(workers: int) -> LocalEngine:
-    """One worker per accelerator; on CPU one for every two cores. `workers` = 0 chooses.
+    """One worker per accelerator; on CPU one per core, as far as the memory goes. `workers` = 0 chooses.
+
+    On CPU a run gains little from a second core, and much of it (starting, compiling) has use for one only.
 
     Raises: `ConfigError` for more workers than cores.
     """
@@ -51,7 +52,8 @@ def make_engine(workers: int) -> LocalEngine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not found and workers > cores:
         raise ConfigError(f"--workers {workers} is more than the {cores} cores of this machine")
-    chosen = workers or len(found) or max(1, cores // CORES_PER_WORKER)
+    by_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (GIBIBYTES_PER_WORKER * 2**30)
+    chosen = workers or len(found) or max(1, min(cores, by_memory))
     return LocalEngine(chosen, accelerators=found)
 
 

@@ -80,8 +80,20 @@ def jobs_of(spec: TableSpec, scale: str, seeds: Sequence[int], runs: Path) -> li
     """Every run of a table at a scale, seed by seed, so that an unfinished table has complete pairs first."""
     folder = study_folder(spec, scale, runs)
     rows = [row for row in spec.rows if scale in row.scales]
+
+    def run_dir(key: str, seed: int) -> Path:
+        return folder / f"{key}-s{seed}"
+
     return [
-        Job(row.key, seed, folder / f"{row.key}-s{seed}", row.arguments(scale, seed)) for seed in seeds for row in rows
+        Job(
+            row.key,
+            seed,
+            run_dir(row.key, seed),
+            row.arguments(scale, seed),
+            run_dir(row.after, seed) if row.after else None,
+        )
+        for seed in seeds
+        for row in rows
     ]
 
 

@@ -510,8 +510,7 @@ def _network_values(config: DiffusionConfig, image_size: int, published: bool) -
     """Size and training of the backbone: the paper's, or small for small images unless it has a published size."""
     small = 0 < image_size <= SMALL_IMAGES and not published
     if config.backbone == "mlp":
-        # Two devices halve its products of 64 x 128 x 128, but then wait for each other a hundred times a step.
-        return THEOREM_MLP | {"devices": 1}
+        return THEOREM_MLP
     if config.backbone == "uvit":
         patches = 4 if small else 14  # along a side, at least; the paper's 16 do not divide 28 pixels
         fitting = [patch for patch in range(1, image_size // patches + 1) if image_size % patch == 0]

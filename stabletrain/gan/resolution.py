@@ -382,9 +382,6 @@ def resolve(config: GanConfig) -> GanConfig:
     }  # fmt: skip
     if images and not (info and info.num_classes):  # no classifier of these data can judge samples
         late["eval_samples"] = 1000 if config.inception or config.extractor == "inception" else 0
-    if not network_of(whole).convolutional:
-        # Two devices halve products of a few thousand numbers, and then wait for each other.
-        late["devices"] = 1
     filled = {name: value for name, value in late.items() if is_open(whole, name)}
     complete = _changed(whole, filled)
     if is_open(complete, "generator_batch"):

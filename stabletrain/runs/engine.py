@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -46,6 +46,8 @@ class Job:
     seed: int
     run_dir: Path
     arguments: tuple[str, ...]
+    after: Path | None = None
+    """The run directory of the job that must have finished before this one starts."""
 
     @property
     def name(self) -> str:
@@ -118,6 +120,8 @@ class LocalEngine:
         A job that another process is at work on (left behind by an engine that was killed, or started by hand) is
         waited for.
 
+        A job that needs another (`Job.after`) starts when that has finished, and fails when it cannot finish.
+
         Raises: `JobFailedError` at once for a job with a bad configuration or missing data (each of the others would
         meet the same); `Interrupted` when asked to stop.
         """
@@ -139,6 +143,9 @@ class LocalEngine:
                     starts[job.name] += 1
                     slot = min(set(range(self.workers)) - {item.slot for item in running})
                     running.append(self._start(job, slot))
+                for job in _without_hope(waiting, [item.job for item in running]):
+                    waiting.remove(job)
+                    failed[job.name] = f"needs {job.after}, which has not finished"
                 time.sleep(POLL_SECONDS)
                 for item in [item for item in running if item.process.poll() is not None]:
                     running.remove(item)
@@ -196,8 +203,18 @@ class LocalEngine:
 
 
 def _first_free(waiting: Sequence[Job]) -> int | None:
-    """The index of the first job that no other process is at work on."""
-    return next((index for index, job in enumerate(waiting) if not in_use(job.run_dir)), None)
+    """The index of the first job that can start: no other process is at work on it, and what it needs is there."""
+    return next((index for index, job in enumerate(waiting) if _ready(job) and not in_use(job.run_dir)), None)
+
+
+def _ready(job: Job) -> bool:
+    return job.after is None or job_status(replace(job, run_dir=job.after)).state in FINISHED
+
+
+def _without_hope(waiting: Sequence[Job], running: Sequence[Job]) -> list[Job]:
+    """Jobs that need a run which is neither finished nor to be run."""
+    coming = {job.run_dir for job in (*waiting, *running)}
+    return [job for job in waiting if not _ready(job) and job.after not in coming]
 
 
 def _stop(running: Sequence[_Running]) -> None:
@@ -254,6 +271,7 @@ def write_study(path: Path, name: str, jobs: Sequence[Job], **facts: Any) -> Non
             "seed": job.seed,
             "run_dir": os.path.relpath(job.run_dir, path),
             "arguments": list(job.arguments),
+            **({"after": os.path.relpath(job.after, path)} if job.after else {}),
         }
         for job in jobs
     ]
@@ -271,7 +289,13 @@ def read_study(path: Path) -> tuple[dict[str, Any], list[Job]]:
     try:
         study = json.loads((path / "study.json").read_text(encoding="utf-8"))
         jobs = [
-            Job(entry["row"], int(entry["seed"]), (path / entry["run_dir"]).resolve(), tuple(entry["arguments"]))
+            Job(
+                entry["row"],
+                int(entry["seed"]),
+                (path / entry["run_dir"]).resolve(),
+                tuple(entry["arguments"]),
+                (path / entry["after"]).resolve() if "after" in entry else None,
+            )
             for entry in study.pop("jobs")
         ]
     except FileNotFoundError as error:

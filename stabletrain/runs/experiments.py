@@ -61,6 +61,8 @@ class Row:
     label: str
     group: str
     baseline: str | None
+    after: str | None
+    """The row whose run of the same seed this one starts from."""
     without: tuple[str, ...]
     """Metrics that its runs cannot have: their cells are empty, and count as complete."""
     order: int
@@ -124,8 +126,9 @@ def read_table(root: Path, name: str) -> TableSpec:
     )
     keys = [row.key for row in rows]
     for row in rows:
-        if row.baseline is not None and row.baseline not in keys:
-            raise ConfigError(f"{row.path}: unknown baseline {row.baseline!r}: {nearest(row.baseline, keys)}")
+        for relation, other in (("baseline", row.baseline), ("after", row.after)):
+            if other is not None and other not in keys:
+                raise ConfigError(f"{row.path}: unknown {relation} {other!r}: {nearest(other, keys)}")
     try:
         spec = TableSpec(
             name=name,
@@ -163,12 +166,15 @@ def _columns(path: Path, entries: Mapping[str, Any] | list[Any], scale: str) -> 
     return columns
 
 
+_ROW_KEYS = ("label", "group", "baseline", "after", "without", "order", "command", "values", "cost_minutes")
+
+
 def _read_row(path: Path) -> Row:
     values = read_toml(path)
     if "family" not in values or not isinstance(values.get("row"), dict):
         raise ConfigError(f"{path}: a row needs `family` and a table [row] with a label")
     row = dict(values["row"])
-    _refuse_unknown(path, row, ("label", "group", "baseline", "without", "order", "command", "values", "cost_minutes"))
+    _refuse_unknown(path, row, _ROW_KEYS)
     try:
         return Row(
             key=path.stem,
@@ -176,6 +182,7 @@ def _read_row(path: Path) -> Row:
             label=row["label"],
             group=row.get("group", ""),
             baseline=row.get("baseline"),
+            after=row.get("after"),
             without=tuple(row.get("without", ())),
             order=row.get("order", 0),
             command=tuple(row.get("command", [values["family"]])),

@@ -107,7 +107,7 @@ class TrainConfig:
     )  # fmt: skip
 
     devices: int = option(
-        0, "Devices to use; 0: all accelerators, or on CPU one virtual device per core.", panel="Devices", minimum=0,
+        0, "Devices to use; 0: all accelerators, or one CPU device, which uses every core.", panel="Devices", minimum=0,
         identity=False,
     )  # fmt: skip
     inner_steps: int = option(

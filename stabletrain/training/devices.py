@@ -32,7 +32,6 @@ from stabletrain.paths import cache_home
 from stabletrain.training.experiment import Batch, Experiment, State
 
 DATA_AXIS = "data"
-MAX_VIRTUAL_DEVICES = 8  # a batch that is split further leaves too little for each core
 
 log = logging.getLogger("stabletrain")
 
@@ -64,8 +63,8 @@ def _cpuinfo() -> dict[str, str]:
 def configure_backend(devices: int, batch_size: int, *, compile_cache: bool = True) -> None:
     """Virtual CPU devices, and the cache of compiled programs. To be called before the first JAX computation.
 
-    `devices=0` takes one virtual device per core: the largest number, at most 8, that divides the batch (or what
-    `JAX_NUM_CPU_DEVICES` says). Accelerators are not touched. Programs are kept in `JAX_COMPILATION_CACHE_DIR`, else
+    `devices=0` leaves JAX its one CPU device, which uses every core (`benchmarks/cpu_devices.py`), or as many as
+    `JAX_NUM_CPU_DEVICES` says. Accelerators are not touched. Programs are kept in `JAX_COMPILATION_CACHE_DIR`, else
     below `cache_home()`; if that cannot be written, a warning says so and the run goes on without. With
     `compile_cache=False` nothing is written anywhere.
 
@@ -73,15 +72,10 @@ def configure_backend(devices: int, batch_size: int, *, compile_cache: bool = Tr
     """
     if devices and batch_size % devices:
         raise ConfigError(_does_not_divide(batch_size, devices))
-    if devices or "JAX_NUM_CPU_DEVICES" not in os.environ:
-        _set_cpu_devices(devices or _automatic_devices(batch_size, cpu_cores()))
+    if devices:
+        _set_cpu_devices(devices)
     if compile_cache:
         _set_compile_cache()
-
-
-def _automatic_devices(batch_size: int, available: int) -> int:
-    limit = min(available, MAX_VIRTUAL_DEVICES)
-    return max(count for count in range(1, limit + 1) if batch_size % count == 0)
 
 
 def _does_not_divide(batch_size: int, devices: int) -> str:
@@ -140,15 +134,13 @@ def compute_dtype(precision: str) -> Any:
 def make_mesh(devices: int, batch_size: int) -> Mesh:
     """A mesh with the axis "data" over the first `devices` devices.
 
-    0 takes all accelerators; without any, the CPU devices that `configure_backend` would choose.
+    0 takes all accelerators; without any, one CPU device.
 
     Raises: `ConfigError` when there are fewer devices, or when the batch does not divide.
     """
     available = jax.devices()
     kind = available[0].platform
-    if not devices and kind == "cpu":
-        devices = _automatic_devices(batch_size, min(len(available), cpu_cores()))
-    devices = devices or len(available)
+    devices = devices or (1 if kind == "cpu" else len(available))
     if devices > len(available):
         raise ConfigError(
             f"{devices} devices were asked for, but there are {len(available)} ({kind}): "

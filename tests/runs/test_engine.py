@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,31 @@ def test_a_job_that_always_dies_fails_alone_with_its_last_line(engine: LocalEngi
     assert (broken.state, fine.state) == ("failed", "done")
     assert "it is broken" in broken.reason
     assert starts(broken.job) == 3
+
+
+def test_a_job_that_needs_another_starts_when_that_has_finished(engine: LocalEngine, tmp_path: Path) -> None:
+    first, second = jobs(tmp_path, "works", "late")
+    needing = replace(first, row="needs", run_dir=second.run_dir.with_name("needs-s0"), after=second.run_dir)
+    order: list[str] = []
+
+    def running(statuses: list[JobStatus]) -> None:
+        states = {status.job.row: status.state for status in statuses}
+        if states["needs"] != "missing":
+            order.append(states["late"])
+
+    assert [status.state for status in engine.run([needing, first, second], running)] == ["done"] * 3
+    assert set(order) == {"done"}
+    write_study(tmp_path / "study", "a study", [needing, second])
+    assert read_study(tmp_path / "study")[1][0].after == second.run_dir
+
+
+def test_a_job_that_needs_one_which_fails_is_not_run(engine: LocalEngine, tmp_path: Path) -> None:
+    broken, fine = jobs(tmp_path, "always-dies", "works")
+    needing = replace(fine, row="needs", run_dir=broken.run_dir.with_name("needs-s0"), after=broken.run_dir)
+    last = engine.run([needing, broken, fine], quiet)
+    assert [status.state for status in last] == ["failed", "failed", "done"]
+    assert "always-dies-s0" in last[0].reason
+    assert starts(needing) == 0
 
 
 def test_a_bad_configuration_stops_the_study_at_once(engine: LocalEngine, tmp_path: Path) -> None:

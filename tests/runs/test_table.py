@@ -135,6 +135,19 @@ def test_the_json_holds_the_number_of_each_seed(table: Table) -> None:
     assert "values" not in next(iter(csv.DictReader(io.StringIO(to_csv(table)))))
 
 
+def test_a_row_can_name_the_row_that_it_starts_from(root: Path) -> None:
+    row = root / "paper" / "main" / "ls.toml"
+    row.write_text(ROW.format(key="ls", label="ls", order=3, more='after = "none"'))
+    assert {row.key: row.after for row in read_table(root, "paper/main").rows} == {
+        "none": None,
+        "cs": None,
+        "ls": "none",
+    }
+    row.write_text(ROW.format(key="ls", label="ls", order=3, more='after = "nine"'))
+    with pytest.raises(ConfigError, match=r"unknown after 'nine'.*none"):
+        read_table(root, "paper/main")
+
+
 def test_a_table_says_how_many_seeds_it_needs_at_a_scale(root: Path) -> None:
     assert read_table(root, "paper/main").default_seeds("small") == range(5)
     description = root / "paper" / "main" / "table.toml"
