@@ -33,6 +33,8 @@ def networks() -> dict[str, tuple[Any, tuple[int, ...]]]:
     import jax
     import jax.numpy as jnp
 
+    from stabletrain.diffusion.skip_mlp import SkipMLP
+
     class UNet(nn.Module):
         """Two resolutions, one skip connection at each, group normalisation: a diffusion network in small."""
 
@@ -67,7 +69,18 @@ def networks() -> dict[str, tuple[Any, tuple[int, ...]]]:
                 x = nn.relu(nn.Dense(self.width, name=f"layer_{i}")(x))
             return nn.Dense(features, name="out")(x)
 
-    return {"unet": (UNet(), (16, 16, 3)), "mlp": (MLP(), (64,))}
+    class Theorems(nn.Module):
+        """The network of ScaleLong's theorems with 24 skips, the smallest that the program trains by default."""
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return SkipMLP(skip_scaling="cs", name="network")(x, jnp.full(x.shape[0], 0.5))
+
+    return {
+        "unet": (UNet(), (16, 16, 3)),
+        "theorems' mlp": (Theorems(), (8, 8, 1)),
+        "mlp": (MLP(), (64,)),
+    }
 
 
 class Denoising:
@@ -171,7 +184,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--seconds-per-turn", type=float, default=0.25)
     parser.add_argument("--devices", type=int, default=min(2, cpu_cores()))
-    parser.add_argument("--only", choices=("unet", "mlp"))
+    parser.add_argument("--only", choices=("unet", "theorems' mlp", "mlp"))
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
 
