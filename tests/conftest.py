@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,22 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("STABLETRAIN_HOME", str(CACHE / "stabletrain"))
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+AS_FOR_USERS = os.environ.get("STABLETRAIN_TEST_OPTIMISED") == "1" or os.environ["JAX_PLATFORMS"] != "cpu"
+QUICK_XLA = {
+    "0.10.1": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    "0.11.2": "--xla_cpu_parallel_codegen_split_count=1",
+}
+"""Compiling takes nearly all of the time of the tests, so it is done without LLVM's optimisations, by XLA's older
+emitters and in one thread (two workers share two cores): in a third of the time. Commands that tests start as processes
+inherit it. By release of jaxlib, as XLA ends a process at a flag that it does not know."""
+if not AS_FOR_USERS:
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    quick_flags = QUICK_XLA.get(importlib.metadata.version("jaxlib"), "")
+    if quick_flags not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick_flags}".strip()
+# JAX makes many objects and few cycles: a tenth of the time would go into looking for them.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,23 +55,13 @@ def real_data() -> Path:
     return Path(os.environ["STABLETRAIN_TEST_DATA"])
 
 
-QUICKLY_COMPILED = {"continual", "diffusion", "gan", "nnip"}
-"""Folders whose programs are compiled without LLVM's optimisations, in about half the time; nearly all of the time of
-these tests is compilation. Everything else, and every command that runs as a process of its own, is compiled as for
-users. STABLETRAIN_TEST_OPTIMISED=1 does so everywhere."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """See `QUICKLY_COMPILED`."""
-    folder = request.path.relative_to(Path(__file__).parent).parts[0]
-    if folder not in QUICKLY_COMPILED or os.environ.get("STABLETRAIN_TEST_OPTIMISED") == "1":
-        yield
-        return
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Programs with all of XLA's optimisations: without them two programs may round differently."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

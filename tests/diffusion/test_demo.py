@@ -23,8 +23,9 @@ from tests.training.toy import StopAfter, Told
 
 
 def stabletrain(*arguments: str, expect: int = 0) -> dict:
-    """One command in its own process, as a user runs it; its JSON."""
-    environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
+    """One command in its own process, as a user runs it (and compiled as for users); its JSON."""
+    ours = ("JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
     command = [sys.executable, "-m", "stabletrain", *arguments, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == expect, done.stderr

@@ -129,16 +129,7 @@ def test_batches_are_a_function_of_seed_and_position():
     assert np.any(one.batch(7)["index"] != tiny(seed=1).batch(7)["index"])
 
 
-@pytest.fixture
-def as_for_users():
-    """Programs with all of XLA's optimisations: without them two programs may round differently."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.mark.usefixtures("as_for_users")
+@pytest.mark.usefixtures("optimised")
 def test_resident_and_streamed_images_give_the_same_run(monkeypatch):
     resident, rows = run(tiny(), [1, 1, 1], 1)
     monkeypatch.setattr(experiment_module, "RESIDENT_BYTES", 0)
