@@ -26,7 +26,7 @@ QUICK_XLA = {
     "0.11.2": "--xla_cpu_parallel_codegen_split_count=1",
 }
 """Compiling takes nearly all of the time of the tests, so it is done without LLVM's optimisations, by XLA's older
-emitters and in one thread (two workers share two cores): in a third of the time. Commands that tests start as processes
+emitters and in one thread (two workers share two cores): in about half the time. Commands that tests start as processes
 inherit it. By release of jaxlib, as XLA ends a process at a flag that it does not know."""
 if not AS_FOR_USERS:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
