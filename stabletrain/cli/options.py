@@ -239,6 +239,8 @@ class Resolved:
 
     config: TrainConfig
     origin: Mapping[str, str]
+    asked: TrainConfig
+    """Before open values were filled in."""
 
 
 def resolve(
@@ -273,7 +275,7 @@ def resolve(
     for field in dataclasses.fields(family.config):
         if getattr(resolved, field.name) != getattr(config, field.name):
             origin[field.name] = "chosen"
-    return Resolved(resolved, origin)
+    return Resolved(resolved, origin, config)
 
 
 def _shorthand_values(family: Family, names: Iterable[str], explicit: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from stabletrain.cli.options import Resolved
 from stabletrain.cli.text import number, print_json, table
 from stabletrain.errors import EXIT_FAILURE, EXIT_OK, ConfigChangedError, ConfigError, RunDirectoryError
 from stabletrain.runs.engine import FINISHED, Job, JobStatus, LocalEngine, parse_seeds, read_study, write_study
-from stabletrain.training.config import difference, identity, read_toml, to_toml
+from stabletrain.training.config import TrainConfig, difference, identity, read_toml, to_toml
 from stabletrain.training.experiment import Family
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -82,10 +83,11 @@ def seeds_command(
     family: Family, resolved: Resolved, path: Path, seeds: Sequence[int], *, workers: int, as_json: bool, quiet: bool
 ) -> int:
     """One run per seed in a process of its own; finishes what is missing; prints mean and deviation over the seeds."""
-    _same_study(family, resolved, path)
+    config = _for_every_seed(family, resolved)
+    _same_study(family, config, path)
     path.mkdir(parents=True, exist_ok=True)
     preset = path / PRESET
-    preset.write_text(to_toml(resolved.config, family.name), encoding="utf-8")
+    preset.write_text(to_toml(config, family.name), encoding="utf-8")
     method = resolved.config.method
     jobs = [
         Job(
@@ -102,14 +104,19 @@ def seeds_command(
     return EXIT_FAILURE if any(status.state == "failed" for status in statuses) else EXIT_OK
 
 
-def _same_study(family: Family, resolved: Resolved, path: Path) -> None:
+def _for_every_seed(family: Family, resolved: Resolved) -> TrainConfig:
+    """The configuration with what depends on the seed as it was asked for: each run fills it in by its own."""
+    return dataclasses.replace(resolved.config, **{name: getattr(resolved.asked, name) for name in family.by_seed})
+
+
+def _same_study(family: Family, config: TrainConfig, path: Path) -> None:
     """Raises: `ConfigChangedError` when a study of another configuration is there, or a folder that is no study."""
     if not path.exists() or not any(path.iterdir()):
         return
     if not (path / PRESET).is_file():
         raise RunDirectoryError(f"{path} is not empty and is no study of one configuration: choose another --out")
     stored = read_toml(path / PRESET)
-    known = identity(resolved.config)
+    known = identity(config)
     wanted = {"family": family.name, **{key: value for key, value in known.items() if value is not None}}
     changed = difference({key: value for key, value in stored.items() if key in {*known, "family"}}, wanted)
     if changed:

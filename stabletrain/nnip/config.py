@@ -223,11 +223,11 @@ def default_base_path(base: NnipConfig) -> Path:
 
 
 def newest_run_of(base: NnipConfig) -> Path | None:
-    """The newest finished run of this configuration and seed in ./runs, whatever its name; None where there is none."""
+    """The newest finished run of this configuration and seed in ./runs or a study there; None where there is none."""
     names = [*identity(base), "seed"]
     wanted = {name: value for name, value in to_dict(base).items() if name in names and value is not None}
     found = []
-    for file in RUNS.glob("*/config.toml"):
+    for file in (*RUNS.glob("*/config.toml"), *RUNS.glob("*/*/config.toml")):
         status = file.with_name("status.json")
         with contextlib.suppress(ConfigError, OSError, ValueError):  # what cannot be read is no base
             stored = read_toml(file)

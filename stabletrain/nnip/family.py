@@ -76,6 +76,7 @@ FAMILY = Family(
     build=build,
     resolve=resolve,
     needs=needs,
+    by_seed=("base", "split_seed"),
     subcommands=SUBCOMMANDS,
     next_commands=("nnip benchmark {run}", "simulate {run}"),
 )

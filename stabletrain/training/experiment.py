@@ -134,6 +134,8 @@ class Family:
     subcommands: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     needs: Callable[[Any], Needed | None] | None = None
     """`needs(config)` -> the run that a run of this config starts from, where it is still to be trained."""
+    by_seed: tuple[str, ...] = ()
+    """Fields that are filled in by the seed: a study of several seeds hands them on as they were asked for."""
     next_commands: tuple[str, ...] = ()
     """What to do with a finished run, besides showing, sampling and exporting it: `simulate {run}`."""
 

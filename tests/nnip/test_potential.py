@@ -15,11 +15,13 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from stabletrain.cli import study
 from stabletrain.cli.main import run
+from stabletrain.cli.options import resolve as resolve_options
 from stabletrain.errors import ConfigError, DataError
 from stabletrain.nnip.calculator import PotentialCalculator
-from stabletrain.nnip.config import NnipConfig, default_base_path, resolve
-from stabletrain.nnip.family import needs
+from stabletrain.nnip.config import NnipConfig, default_base, default_base_path, resolve
+from stabletrain.nnip.family import FAMILY, needs
 from stabletrain.nnip.frames import KCAL_PER_MOL, read_frames, split
 from stabletrain.nnip.potential import EnergyScale, Potential
 from stabletrain.nnip.schnet import SchNet
@@ -308,7 +310,36 @@ def test_stable_without_a_base_takes_the_newest_of_the_default_or_asks_for_it(
     assert config(seed=1).base == "runs/other-seed"
     assert config(features=16).base == "runs/smaller"
     assert needs(config(features=8)) is not None
+
+    stored("study/schnet-s2", "done", seed=2)
+    assert config(seed=2).base == "runs/study/schnet-s2"
     assert run(["nnip", "--stable", "--base", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert run(["nnip", "--stable", "--features", "8", "--dry-run"]) == 2
     assert "a dry run trains nothing" in capsys.readouterr().err
+
+
+def test_each_seed_of_a_study_has_its_own_base_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what was found for the first seed nor what a pattern names for it is handed to the others."""
+    monkeypatch.chdir(tmp_path)
+    written: list[dict[str, Any]] = []
+
+    class Engine:
+        def run(self, jobs: Any, report: Any) -> list[Any]:
+            for job in jobs:
+                preset = job.arguments[job.arguments.index("--config") + 1]
+                found = resolve_options(FAMILY, {"seed": str(job.seed)}, preset=Path(preset)).config
+                assert isinstance(found, NnipConfig)
+                written.append({"base": found.base, "split_seed": found.split_seed})
+            return []
+
+    monkeypatch.setattr(study, "make_engine", lambda workers: Engine())
+    monkeypatch.setattr(study, "show_study", lambda *args, **options: None)
+    for name in ("mine-0", "mine-4", "mine-5"):
+        directory = RunDirectory.create(tmp_path / "runs" / name, "nnip", default_base(make_config(NnipConfig, {})))
+        directory.release()
+    for out, options in (("chosen", []), ("given", ["--base", "runs/mine-{seed}"])):
+        assert run(["nnip", "--stable", "--seeds", "4-5", "--out", out, *options]) == 0
+    alone = [default_base(make_config(NnipConfig, {"stable": True, "seed": seed})) for seed in (4, 5)]
+    assert written[:2] == [{"base": default_base_path(base).as_posix(), "split_seed": base.seed} for base in alone]
+    assert written[2:] == [{"base": f"runs/mine-{seed}", "split_seed": 0} for seed in (4, 5)]
