@@ -41,6 +41,10 @@ demo: $(VENV)/.installed ## Install, then train a diffusion model on handwritten
 test: $(VENV)/.installed-test ## Install, then run the test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15
 
+.PHONY: test-units
+test-units: $(VENV)/.installed-test ## Run the units: no whole commands, no whole networks
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
 .PHONY: test-gpu
 test-gpu: $(VENV)/.installed-test ## Run the tests that need an NVIDIA GPU
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu

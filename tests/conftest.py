@@ -37,12 +37,27 @@ if not AS_FOR_USERS:
 gc.set_threshold(100_000, 50, 100)
 
 
+WHOLE_NETWORKS = {
+    *("continual/test_experiment.py", "diffusion/test_experiment.py", "diffusion/test_learned_variance.py"),
+    *("diffusion/test_skip_mlp.py", "diffusion/test_text_to_image.py", "diffusion/test_theory.py"),
+    *("diffusion/test_training_parity.py", "diffusion/test_trajectories.py", "diffusion/test_unet.py"),
+    *("diffusion/test_unet_import.py", "diffusion/test_uvit.py", "diffusion/test_uvit_import.py"),
+    *("gan/networks/test_stylegan2.py", "gan/test_commands.py", "gan/test_depth_gradients.py"),
+    *("gan/test_experiment.py", "gan/test_step_parity.py", "gan/test_wgan_commands.py", "nnip/test_networks.py"),
+    *("nnip/test_painn.py", "nnip/test_potential.py", "nnip/test_stable_experiment.py", "nnip/test_training.py"),
+    *("training/test_resume.py",),
+}
+"""Files that compile whole networks and train them: `slow` with all of their tests, hence not among the units."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Real data and GPUs are used where they are; elsewhere those tests are skipped, and say so."""
     skip_data = pytest.mark.skip(reason="STABLETRAIN_TEST_DATA names no folder of real data")
     skip_gpu = pytest.mark.skip(reason="no NVIDIA GPU (JAX_PLATFORMS=cpu)")
     data = os.environ.get("STABLETRAIN_TEST_DATA")
     for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix() in WHOLE_NETWORKS:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("realdata") and not (data and Path(data).is_dir()):
             item.add_marker(skip_data)
         if item.get_closest_marker("gpu") and os.environ["JAX_PLATFORMS"] == "cpu":
