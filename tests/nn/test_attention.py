@@ -28,3 +28,18 @@ def test_the_softmax_survives_large_scores_and_is_float32_in_bfloat16():
     exponentials = [line for line in lines if " = exp" in line]
     assert exponentials
     assert all(":f32" in line for line in exponentials)
+
+
+def test_padded_tokens_change_neither_the_result_nor_its_gradient():
+    q, k, v, weight = jax.random.normal(jax.random.key(0), (4, 2, 5, 3, 4))
+
+    def found(multiple):
+        def loss(*inputs):
+            return jnp.sum(weight * attend(*inputs, multiple=multiple))
+
+        return attend(q, k, v, multiple=multiple), *jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    for ours, expected in zip(found(8), found(1), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)  # sums of float32 in another order
+    assert "pad" in str(jax.make_jaxpr(lambda *inputs: attend(*inputs, multiple=8))(q, k, v))
+    assert "pad" not in str(jax.make_jaxpr(lambda *inputs: attend(*inputs, multiple=5))(q, k, v))
