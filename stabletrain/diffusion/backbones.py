@@ -36,6 +36,7 @@ def _uvit(
         heads=config.heads,
         gate_form=config.gate or "token",
         context_shape=context_shape,
+        pad_tokens=config.pad_tokens or 1,
         **common,
     )
 

@@ -119,6 +119,10 @@ class DiffusionConfig(ScoreConfig):
     )
     patch_size: int = option(0, "uvit: pixels along a patch.", panel=NETWORK, minimum=0)
     heads: int = option(0, "uvit and unet: attention heads.", panel=NETWORK, minimum=0)
+    pad_tokens: int = option(
+        0, "uvit: attention on tokens padded to a multiple of this, for accelerators; the same numbers. 0: never.",
+        panel=NETWORK, minimum=0, identity=False,
+    )  # fmt: skip
     head_channels: int = option(
         0, "unet: channels of an attention head, instead of a number of heads.", panel=NETWORK, minimum=0
     )
@@ -258,6 +262,7 @@ def named_network(config: DiffusionConfig) -> DiffusionConfig:
 
 ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "patch_size": ("uvit",),
+    "pad_tokens": ("uvit",),
     "heads": ("uvit", "unet"),
     "channel_multipliers": ("unet",),
     "attention": ("unet",),

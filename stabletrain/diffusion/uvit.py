@@ -48,6 +48,7 @@ class Block(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     dtype: Any = None
+    pad_tokens: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -62,7 +63,7 @@ class Block(nn.Module):
         x = materialized(x)
         y = rows(layer_norm("norm1", self.dtype)(x))
         qkv = dense(3 * width, "qkv", bias=False)(y).reshape(batch, length, 3, self.heads, width // self.heads)
-        y = rows(attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]))
+        y = rows(attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], multiple=self.pad_tokens))
         x = materialized(x + dense(width, "proj")(y).reshape(x.shape))
         y = rows(layer_norm("norm2", self.dtype)(x))
         y = gelu(dense(int(self.mlp_ratio * width), "fc1")(y))
@@ -118,6 +119,8 @@ class UViT(nn.Module):
     kappa: float = 0.7
     gate_form: str = "token"
     dtype: Any = None
+    pad_tokens: int = 1
+    """Attention pads its tokens to a multiple of this, and masks the padding."""
 
     @property
     def num_skips(self) -> int:
@@ -138,16 +141,20 @@ class UViT(nn.Module):
         shared = LearnedScale(self.gate_form, name="gate") if self.skip_scaling == "ls" else None
         scales = skip_scales(self.skip_scaling, range(self.num_skips), self.kappa)
         skips = []
+
+        def block(name: str) -> Block:
+            return Block(self.heads, self.mlp_ratio, self.dtype, self.pad_tokens, name=name)
+
         for i in range(self.num_skips):
-            x = Block(self.heads, self.mlp_ratio, self.dtype, name=f"in_block_{i}")(x)
+            x = block(f"in_block_{i}")(x)
             skips.append(x)
-        x = Block(self.heads, self.mlp_ratio, self.dtype, name="mid_block")(x)
+        x = block("mid_block")(x)
         watch(self, "middle", x)
         for i in reversed(range(self.num_skips)):
             merge = SkipMerge(self.skip_scaling, scales[i], self.gate_form, name=f"merge_{i}")
             h, s = merge(x, skips[i], multiplier_of(skip_multipliers, i, self.num_skips), shared)
             x = SkipLinear(self.width, self.dtype, name=f"skip_linear_{i}")(h, s)
-            x = Block(self.heads, self.mlp_ratio, self.dtype, name=f"out_block_{i}")(x)
+            x = block(f"out_block_{i}")(x)
             watch(self, f"skip_{i}", x)
         x = layer_norm("norm", self.dtype)(x)[:, extras:]
         return self._images(x)
