@@ -22,13 +22,13 @@ from stabletrain.training.signals import StopRequest
 from tests.training.toy import StopAfter, Told
 
 
-def stabletrain(*arguments: str, expect: int = 0) -> dict:
-    """One command in its own process, as a user runs it (and compiled as for users); its JSON."""
-    ours = ("JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
+def stabletrain(*arguments: str, as_for_users: bool = True) -> dict:
+    """One command in its own process, as a user runs it (and, if so asked, compiled as for users); its JSON."""
+    ours = ["JAX_NUM_CPU_DEVICES", *(["JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"] if as_for_users else [])]
     environment = {key: value for key, value in os.environ.items() if key not in ours}
     command = [sys.executable, "-m", "stabletrain", *arguments, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == expect, done.stderr
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout) if done.stdout else {}
 
 
@@ -42,16 +42,19 @@ def rows(folder: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_demo_makes_digits_that_a_classifier_recognises(tmp_path):
-    """A third of the demo's steps already beats the 85 % that the whole one is to reach; 300 of 1,000 samples."""
+    """A fifth of the demo's steps already beats the 85 % that the whole one is to reach; 200 of 1,000 samples.
+
+    Measured 95.5 %: four deviations of 200 answers above.
+    """
     run = tmp_path / "demo"
     outcome = stabletrain(
-        "diffusion", "--scalelong", "--steps", "400", "--eval-samples", "300", "--out", str(run), "--quiet"
+        "diffusion", "--scalelong", "--steps", "240", "--eval-samples", "200", "--out", str(run), "--quiet"
     )
     metrics = outcome["metrics"]
     assert outcome["status"] == "done"
-    assert metrics["eval/label_agreement_300_digits-classifier_ema"] >= 0.85
+    assert metrics["eval/label_agreement_200_digits-classifier_ema"] >= 0.85
     assert metrics["eval/loss_test_ema"] < 0.15  # it starts at 1
-    with Image.open(run / "samples" / "00000400.png") as grid:
+    with Image.open(run / "samples" / "00000240.png") as grid:
         assert grid.height > 300
     assert any(name.startswith("stability/feature_norm/skip_") for name in rows(run)[-1])
 
@@ -59,10 +62,10 @@ def test_demo_makes_digits_that_a_classifier_recognises(tmp_path):
     assert again == {name: value for name, value in metrics.items() if name.startswith("eval/")}
     judged = stabletrain("evaluate", str(run), "--eval-samples", "60", "--scores", "kd,pr", "--quiet")
     assert {name.split("_")[0] for name in judged["metrics"]} >= {"eval/kd60", "eval/precision60", "eval/recall60"}
-    assert "eval/fd300_test_digits-classifier_ema" in metrics
+    assert "eval/fd200_test_digits-classifier_ema" in metrics
     assert "eval/label_agreement_60" in " ".join(judged["metrics"])
-    protocol = json.loads((run / "eval" / "protocol-00000400.json").read_text())
-    assert (protocol["num_samples"], protocol["weights"], protocol["scores"]) == (300, "ema", ["fd"])
+    protocol = json.loads((run / "eval" / "protocol-00000240.json").read_text())
+    assert (protocol["num_samples"], protocol["weights"], protocol["scores"]) == (200, "ema", ["fd"])
 
     made = stabletrain("sample", str(run), "--num", "5", "--label", "7", "--out", str(tmp_path / "sevens"), "--quiet")
     assert made["status"] == "sampled"
@@ -79,7 +82,7 @@ def test_training_dies_without_and_lives_with_scaled_skips(tmp_path):
     for scaling in ("none", "cs"):
         outcome = stabletrain(
             "diffusion", "--backbone", "mlp", "--skip-scaling", scaling, "--steps", "300",
-            "--out", str(tmp_path / scaling), "--quiet",
+            "--out", str(tmp_path / scaling), "--quiet", as_for_users=False,
         )  # fmt: skip
         losses[scaling] = outcome["metrics"]["eval/loss_test_raw"]
     assert losses["none"] > 0.95
