@@ -11,8 +11,10 @@ sampling trajectory as one program. PyTorch's side does the same work twice:
 
 Sides take turns within one process. Reported: images a second, time of a step, compile time of the first call, peak
 memory where the device tells, and model-FLOP utilisation (three forward passes a step; by the data sheet's dense bf16
-peak where the device is known, and by the rate of one large product measured here). On a CPU that others use too, give
-it one core, or PyTorch's threads wait for each other. The second command is for an NVIDIA GPU with JAX and PyTorch:
+peak where the device is known, and by the rate of one large product measured here). On a GPU,
+U-ViT's attention also runs on tokens padded to multiples of 8 and 64 (--pad-tokens); their "jax_is_faster_by" is the
+speed of the unpadded program over theirs. On a CPU that others use too, give it one core, or PyTorch's threads wait
+for each other. The second command is for an NVIDIA GPU with JAX and PyTorch:
 
     taskset -c 0 python -m benchmarks.diffusion_throughput
     python -m benchmarks.diffusion_throughput --case uvit-s2 --batch 128 --precision bfloat16
@@ -35,24 +37,16 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is in
 
 import numpy as np
 
+from benchmarks.diffusion_step import CASES as STEP_CASES
 from benchmarks.diffusion_step import torch_network
 from stabletrain.training.devices import configure_backend, cpu_cores, cpu_model, make_mesh
 
 RESULTS = Path(__file__).parent / "results"
 CASES: dict[str, dict[str, Any]] = {
-    "uvit-small": {
-        "network": "uvit", "batch": 64, "size": 8, "channels": 1,
-        "width": 96, "depth": 6, "heads": 4, "patch": 2,
-    },
-    "uvit-s2": {
-        "network": "uvit", "batch": 128, "size": 32, "channels": 3,
-        "width": 512, "depth": 12, "heads": 8, "patch": 2,
-    },
-    "unet-ddpm": {
-        "network": "unet", "batch": 128, "size": 32, "channels": 3,
-        "width": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention": (16,), "heads": 1,
-    },
-}  # fmt: skip
+    "uvit-small": STEP_CASES["uvit-small"],
+    "uvit-s2": STEP_CASES["uvit-s2-cifar"] | {"batch": 128},
+    "unet-ddpm": STEP_CASES["unet-cifar"] | {"batch": 128},
+}
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 products a second of the data sheets (SXM), by a part of the device's name."""
 LEARNING_RATE, BETAS, DECAY, AVERAGE = 2e-4, (0.99, 0.999), 0.03, 0.9999
@@ -62,7 +56,7 @@ Side = tuple[Callable[[], None], int]
 """A call that finishes some steps, and how many."""
 
 
-def config_of(case: dict[str, Any], precision: str, data: Path) -> Any:
+def config_of(case: dict[str, Any], precision: str, data: Path, pad_tokens: int) -> Any:
     """The program's configuration of a case, on a file of noise."""
     from stabletrain.diffusion.config import DiffusionConfig, resolve
     from stabletrain.training.config import make_config
@@ -75,7 +69,7 @@ def config_of(case: dict[str, Any], precision: str, data: Path) -> Any:
         "warmup_steps": 2500,
     }  # fmt: skip
     if case["network"] == "uvit":
-        values |= {"depth": case["depth"], "patch_size": case["patch"]}
+        values |= {"depth": case["depth"], "patch_size": case["patch"], "pad_tokens": pad_tokens}
     else:
         multipliers = case["multipliers"]
         values |= {"depth": case["blocks"], "channel_multipliers": multipliers, "attention": case["attention"]}
@@ -86,7 +80,9 @@ def config_of(case: dict[str, Any], precision: str, data: Path) -> Any:
 class Ours:
     """The program's training step and sampling."""
 
-    def __init__(self, case: dict[str, Any], precision: str, images: np.ndarray, sampling_steps: int) -> None:
+    def __init__(
+        self, case: dict[str, Any], precision: str, images: np.ndarray, sampling_steps: int, *, pad_tokens: int = 0
+    ) -> None:
         import jax
         import jax.numpy as jnp
 
@@ -99,7 +95,7 @@ class Ours:
             np.savez(path, train_x=images, test_x=images[:1])
             devices = min(len(jax.devices()), 2) if jax.default_backend() == "cpu" else 1
             mesh = make_mesh(devices, case["batch"])
-            experiment: Any = build(config_of(case, precision, path), mesh=mesh)
+            experiment: Any = build(config_of(case, precision, path, pad_tokens), mesh=mesh)
         self.parameters = experiment.parameter_count
         state = jax.jit(experiment.init, out_shardings=replicated(mesh))(jax.random.key(0))
         shape = (case["batch"], *experiment.image_shape)
@@ -270,6 +266,20 @@ def summary(taken: dict[str, list[float]], first: dict[str, float], batch: int) 
     }
 
 
+def padded_attention(
+    ours: Ours, padded: dict[str, Ours], turns: int, seconds: float, batch: int
+) -> dict[str, dict[str, Any]]:
+    """Training steps of the program as it is and with padded tokens, in turns; printed too."""
+    taken, first = in_turns(
+        {"jax": ours.training, **{name: side.training for name, side in padded.items()}}, turns, seconds
+    )
+    found = summary(taken, first, batch)
+    for name in padded:
+        took, faster = found[name]["milliseconds"], found[name]["jax_is_faster_by"]
+        print(f"attention {name}: {took:.1f} ms a step; the unpadded program is faster by {faster:.2f}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="uvit-small")
@@ -278,6 +288,9 @@ def main() -> None:
     parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=2.0, help="Of a turn of one side.")
+    parser.add_argument(
+        "--pad-tokens", type=int, nargs="*", help="Multiples; U-ViT only. [default: 8 64 on a GPU, none on a CPU]"
+    )
     parser.add_argument("--torch-compile", action="store_true")
     parser.add_argument("--out", type=Path, help="[default: benchmarks/results/diffusion_throughput_CASE.json]")
     given = parser.parse_args()
@@ -347,6 +360,16 @@ def main() -> None:
     out = given.out or RESULTS / f"diffusion_throughput_{given.case}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=2) + "\n")
+    multiples = given.pad_tokens
+    if multiples is None:
+        multiples = [8, 64] if device.platform != "cpu" and case["network"] == "uvit" else []
+    if multiples:  # last, so that the peak of memory above is of one program, and all above stands if time runs out
+        padded = {
+            f"padded-to-{multiple}": Ours(case, given.precision, images, given.sampling_steps, pad_tokens=multiple)
+            for multiple in multiples
+        }
+        document["padded_attention"] = padded_attention(ours, padded, given.turns, given.seconds, case["batch"])
+        out.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":
