@@ -5,69 +5,24 @@ Imports no JAX: the command line reads it to answer `--help`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from stabletrain.data.catalogue import CATALOGUE
+from stabletrain.diffusion.choices import (
+    BACKBONE_NAMES,
+    BLOCK_STYLE_NAMES,
+    PROCESS_NAMES,
+    PUBLISHED,
+    RESAMPLING_STYLES,
+    SAMPLER_NAMES,
+    SKIP_SCALING_NAMES,
+)
+from stabletrain.diffusion.contradictions import TAKES_KAPPA, problems, reads_text
 from stabletrain.errors import ConfigError
-from stabletrain.metrics.score_config import ScoreConfig, chosen_extractor, chosen_resize, score_problems
+from stabletrain.metrics.score_config import ScoreConfig, chosen_extractor, chosen_resize
 from stabletrain.training.config import fields_of, option, replace
-
-PUBLISHED: Mapping[str, Mapping[str, Any]] = {
-    "uvit-s2": {"backbone": "uvit", "width": 512, "depth": 12, "heads": 8, "patch_size": 2},
-    "uvit-s2-deep": {"backbone": "uvit", "width": 512, "depth": 16, "heads": 8, "patch_size": 2},
-    "uvit-s4": {"backbone": "uvit", "width": 512, "depth": 12, "heads": 8, "patch_size": 4},
-    "uvit-m4": {"backbone": "uvit", "width": 768, "depth": 16, "heads": 12, "patch_size": 4},
-    "uvit-l4": {"backbone": "uvit", "width": 1024, "depth": 20, "heads": 16, "patch_size": 4},
-    "unet-ddpm": {
-        "backbone": "unet", "width": 128, "depth": 2, "channel_multipliers": (1, 2, 2, 2), "attention": (16,),
-        "heads": 1, "block_style": "ddpm",
-    },
-    "unet-iddpm": {
-        "backbone": "unet", "width": 128, "depth": 3, "channel_multipliers": (1, 2, 2, 2), "attention": (16, 8),
-        "heads": 4, "block_style": "iddpm",
-    },
-    "unet-iddpm64": {
-        "backbone": "unet", "width": 128, "depth": 3, "channel_multipliers": (1, 2, 3, 4), "attention": (16, 8),
-        "heads": 4, "block_style": "iddpm",
-    },
-    "unet-adm64": {
-        "backbone": "unet", "width": 192, "depth": 3, "channel_multipliers": (1, 2, 3, 4), "attention": (32, 16, 8),
-        "head_channels": 64, "block_style": "adm",
-    },
-    "unet-ddpmpp": {
-        "backbone": "unet", "width": 128, "depth": 4, "channel_multipliers": (2, 2, 2), "attention": (16,),
-        "heads": 1, "block_style": "ddpm++",
-    },
-    "unet-ddpmpp-song": {
-        "backbone": "unet", "width": 128, "depth": 4, "channel_multipliers": (1, 2, 2, 2), "attention": (16,),
-        "heads": 1, "block_style": "ddpm++",
-    },
-}  # fmt: skip
-"""Published networks by name: what `--backbone` stands for.
-
-Sources: Bao et al. 2023, Tables 1 and 6; Ho et al. 2020; Nichol and Dhariwal 2021; Dhariwal and Nichol 2021;
-Karras et al. 2022 (`unet-ddpmpp`); Song et al. 2021 (`unet-ddpmpp-song`); sizes as in the released code.
-"""
-
-BACKBONE_NAMES = ("unet", "uvit", "mlp", *PUBLISHED)
-BLOCK_STYLE_NAMES = ("ddpm", "iddpm", "adm", "ddpm++")
-RESAMPLING_STYLES = ("adm", "ddpm++")
-"""Those that change the resolution within residual blocks, with a filter."""
-SKIP_SCALING_NAMES = ("none", "sqrt2", "cs", "ls", "ls-per-skip", "const", "mp-cat", "layernorm", "learned-scalar")
-PROCESS_NAMES = ("vp-sde", "ddpm-linear", "ddpm-cosine", "ddpm-scaled-linear", "edm")
-SAMPLER_NAMES = (
-    "ddim", "ddpm", "ddpm-large", "ddpm-learned", "euler-maruyama", "ode-euler", "heun", "dpm-solver-fast",
-    "dpm-solver-2m",
-)  # fmt: skip
-SAMPLER_PROCESSES = {
-    "euler-maruyama": ("vp-sde",),
-    "ode-euler": ("vp-sde", "edm"),
-    "dpm-solver-fast": ("vp-sde", "edm"),
-    "ddpm-learned": ("ddpm-linear", "ddpm-cosine", "ddpm-scaled-linear"),
-}
-"""The processes that a sampler can follow, where not all."""
 
 NETWORK, PROCESS, SAMPLING, OPTIMISER, EVALUATION = "Network", "Noise process", "Sampling", "Optimiser", "Evaluation"
 
@@ -235,7 +190,7 @@ class DiffusionConfig(ScoreConfig):
 
     def check(self) -> None:
         """Raises: `ConfigError` for options that contradict each other or would do nothing."""
-        for problem in _problems(named_network(self)):
+        for problem in problems(named_network(self)):
             raise ConfigError(problem)
 
 
@@ -256,187 +211,6 @@ def named_network(config: DiffusionConfig) -> DiffusionConfig:
                 f"use --backbone {values['backbone']}"
             )
     return replace(config, **values)
-
-
-# --- what makes no sense ----------------------------------------------------------------------------------------------
-
-ONLY_FOR: Mapping[str, tuple[str, ...]] = {
-    "patch_size": ("uvit",),
-    "pad_tokens": ("uvit",),
-    "heads": ("uvit", "unet"),
-    "channel_multipliers": ("unet",),
-    "attention": ("unet",),
-    "dropout": ("unet",),
-    "head_channels": ("unet",),
-    "block_style": ("unet",),
-    "resample_filter": ("unet",),
-    "kappa_indexing": ("unet",),
-    "learned_variance": ("unet",),
-    "gate": ("uvit",),
-}
-"""Options that only some backbones have."""
-
-TAKES_KAPPA = ("cs", "const")
-HANDWRITING = ("digits", "mnist", "emnist")
-
-
-def _given(value: Any) -> bool:
-    return value is not None and value != () and value != 0
-
-
-def _problems(config: DiffusionConfig) -> Iterator[str]:
-    """What is wrong with a configuration, each as the sentence that the user reads."""
-    for name, backbones in ONLY_FOR.items():
-        if _given(getattr(config, name)) and config.backbone not in backbones:
-            flag = "--" + name.replace("_", "-")
-            yield f"{flag} does nothing with --backbone {config.backbone}: it belongs to {' and '.join(backbones)}"
-    yield from _scaling_problems(config)
-    yield from _shape_problems(config)
-    yield from _text_problems(config) if reads_text(config) else _label_problems(config)
-    if config.latent_scale is not None and not reads_text(config):
-        yield "--latent-scale does nothing with pictures: it belongs to --dataset coco-latents"
-    yield from _sampler_problems(config)
-    yield from score_problems(config)
-    if config.horizontal_flip and config.data is None and config.dataset in HANDWRITING:
-        yield f"--horizontal-flip makes no sense for {config.dataset}: a mirrored character is another one or none"
-    if config.ema_ramp and config.ema_decay == 0:
-        yield "--ema-ramp does nothing with --ema-decay 0"
-    if config.lr_decay in ("linear", "cosine") and config.steps and (config.warmup_steps or 0) >= config.steps:
-        yield (
-            f"--warmup-steps {config.warmup_steps} leaves nothing of the {config.steps} steps for "
-            f"--lr-decay {config.lr_decay}"
-        )
-
-
-def _scaling_problems(config: DiffusionConfig) -> Iterator[str]:
-    if config.kappa is not None:
-        if config.skip_scaling not in TAKES_KAPPA:
-            owners = " and ".join(TAKES_KAPPA)
-            yield f"--kappa does nothing with --skip-scaling {config.skip_scaling}: it belongs to {owners}"
-        if not 0 < config.kappa <= 1:
-            yield f"kappa is {config.kappa}, but must be above 0 and at most 1: it damps the deeper skips"
-    if config.gate is not None and config.skip_scaling not in ("ls", "ls-per-skip"):
-        yield f"--gate does nothing with --skip-scaling {config.skip_scaling}: it belongs to ls and ls-per-skip"
-    if config.kappa_indexing is not None and config.skip_scaling != "cs":
-        yield f"--kappa-indexing does nothing with --skip-scaling {config.skip_scaling}: it belongs to cs"
-
-
-def _shape_problems(config: DiffusionConfig) -> Iterator[str]:
-    if config.backbone == "uvit":
-        if config.depth % 2:
-            yield f"--depth {config.depth} is odd, but a U-ViT has as many blocks before the middle as after it"
-        if config.patch_size and config.image_size % config.patch_size:
-            yield f"patch size {config.patch_size} does not divide the image size {config.image_size}"
-    if config.heads and config.width % config.heads:
-        yield f"--width {config.width} is not divisible by {config.heads} attention heads"
-    yield from _unet_problems(config)
-    if config.backbone == "unet" and config.image_size and config.channel_multipliers:
-        halvings = len(config.channel_multipliers) - 1
-        if config.image_size % 2**halvings:
-            yield (
-                f"{halvings + 1} levels halve the image {halvings} times, but {config.image_size} is not divisible "
-                f"by {2**halvings}"
-            )
-        sizes = [config.image_size // 2**level for level in range(len(config.channel_multipliers))]
-        for size in config.attention or ():
-            if size not in sizes:
-                yield f"--attention {size} names no feature map: their sizes are {', '.join(map(str, sizes))}"
-
-
-def _unet_problems(config: DiffusionConfig) -> Iterator[str]:
-    if config.heads and config.head_channels:
-        yield f"--heads {config.heads} does nothing with --head-channels {config.head_channels}"
-    if config.head_channels and config.width and config.channel_multipliers:
-        attending = {len(config.channel_multipliers) - 1}  # the middle
-        if config.image_size:
-            attending |= {
-                level
-                for level in range(len(config.channel_multipliers))
-                if config.image_size // 2**level in (config.attention or ())
-            }
-        for level in sorted(attending):
-            width = config.width * config.channel_multipliers[level]
-            if width % config.head_channels:
-                yield f"{width} channels at level {level + 1} are no multiple of --head-channels {config.head_channels}"
-    taps = config.resample_filter
-    if taps and config.block_style not in (None, *RESAMPLING_STYLES):
-        yield (
-            f"--resample-filter does nothing with --block-style {config.block_style}: it belongs to "
-            f"{' and '.join(RESAMPLING_STYLES)}"
-        )
-    if taps and (len(taps) % 2 or not sum(taps)):
-        yield f"--resample-filter has {len(taps)} taps of sum {sum(taps)}: an even number, and no zero sum, are due"
-
-
-def reads_text(config: DiffusionConfig) -> bool:
-    """Whether the data are latents with text features."""
-    return config.dataset in CATALOGUE and CATALOGUE[config.dataset].latents
-
-
-def _text_problems(config: DiffusionConfig) -> Iterator[str]:
-    name = config.dataset
-    if config.backbone != "uvit":
-        yield f"{name} needs --backbone uvit (or a size of it): text features are tokens beside patches"
-    if config.class_conditional:
-        yield f"--class-conditional makes no sense for {name}: its images have texts, no labels"
-    if config.image_size and config.image_size != CATALOGUE[name].image_size:
-        yield f"--image-size does nothing for {name}: latents cannot be resized"
-    if config.horizontal_flip:
-        yield f"--horizontal-flip makes no sense for {name}: the latent of a mirrored picture is no mirrored latent"
-    if config.eval_samples:
-        yield f"--eval-samples {config.eval_samples} makes no sense for {name}: latents are no pictures to be judged"
-    if config.clip_denoised:
-        yield f"--clip-denoised makes no sense for {name}: latents do not lie in [-1, 1]"
-    if config.guidance not in (None, 1.0) and config.label_dropout == 0:
-        yield f"--guidance {config.guidance} needs a network that was trained without texts too: raise --label-dropout"
-
-
-def _label_problems(config: DiffusionConfig) -> Iterator[str]:
-    if config.class_conditional is False:
-        if config.label_dropout:
-            yield "--label-dropout does nothing without labels (--no-class-conditional)"
-        if config.guidance is not None:
-            yield "--guidance does nothing without labels (--no-class-conditional)"
-        if labelled := [score for score in config.scores if score in ("intra-fd", "cas")]:
-            yield f"--scores {labelled[0]} needs samples with labels (--no-class-conditional)"
-    elif config.guidance not in (None, 1.0) and config.label_dropout == 0:
-        yield f"--guidance {config.guidance} needs a network that was trained without labels too: raise --label-dropout"
-
-
-def sampler_problem(config: DiffusionConfig, sampler: str, steps: int) -> str | None:
-    """Why a sampler of so many network evaluations cannot follow a process, as the user reads it; None if it can."""
-    process = config.process
-    if sampler == "ddpm-learned" and not config.learned_variance:
-        return "--sampler ddpm-learned asks the network for a variance, which only one with --learned-variance says"
-    processes = SAMPLER_PROCESSES.get(sampler, PROCESS_NAMES)
-    if process not in processes:
-        return (
-            f"--sampler {sampler} cannot follow {process}, which is in {_kind_of_time(process)} time: "
-            f"it needs --process {' or '.join(processes)}"
-        )
-    levels, there_are = (steps + 1) // 2 if sampler == "heun" else steps, config.diffusion_steps or 1000
-    if process.startswith("ddpm") and levels > there_are:
-        return f"--sampling-steps {steps} asks for more than the {there_are} levels of {process}"
-    return None
-
-
-def _kind_of_time(process: str) -> str:
-    return "discrete" if process.startswith("ddpm") else "continuous"
-
-
-def _sampler_problems(config: DiffusionConfig) -> Iterator[str]:
-    problem = sampler_problem(config, config.sampler, config.sampling_steps)
-    if problem:
-        yield problem
-    if not config.process.startswith("ddpm"):
-        for name in ("diffusion_steps", "learned_variance"):
-            if getattr(config, name):
-                flag = "--" + name.replace("_", "-")
-                yield f"{flag} does nothing with --process {config.process}: it belongs to the DDPM ones"
-    if config.churn and (config.sampler, config.process) != ("heun", "edm"):
-        yield f"--churn does nothing with --sampler {config.sampler} on {config.process}: it belongs to heun on edm"
-    if config.ddim_eta is not None and config.sampler != "ddim":
-        yield f"--ddim-eta does nothing with --sampler {config.sampler}"
 
 
 # --- automatic values -------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stabletrain.diffusion.config import SAMPLER_NAMES, DiffusionConfig, reads_text, resolve
+from stabletrain.diffusion.choices import SAMPLER_NAMES
+from stabletrain.diffusion.config import DiffusionConfig, resolve
+from stabletrain.diffusion.contradictions import reads_text
 from stabletrain.diffusion.frontier_command import frontier
 from stabletrain.diffusion.import_command import import_weights
 from stabletrain.diffusion.published import PublishedOptions

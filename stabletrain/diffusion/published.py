@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stabletrain.diffusion.config import PROCESS_NAMES, PUBLISHED, SKIP_SCALING_NAMES, DiffusionConfig, resolve
+from stabletrain.diffusion.choices import PROCESS_NAMES, PUBLISHED, SKIP_SCALING_NAMES
+from stabletrain.diffusion.config import DiffusionConfig, resolve
 from stabletrain.errors import ConfigError
 from stabletrain.training.config import make_config, option
 

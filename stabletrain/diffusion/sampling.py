@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stabletrain.data.images import encode_png, image_grid, to_uint8
-from stabletrain.diffusion.config import sampler_problem
+from stabletrain.diffusion.contradictions import sampler_problem
 from stabletrain.diffusion.guidance import guided
 from stabletrain.diffusion.processes import Array, Process
 from stabletrain.diffusion.samplers import SAMPLERS, Plan, ddim, heun, sample

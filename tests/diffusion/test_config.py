@@ -10,19 +10,17 @@ import jax.numpy as jnp
 import pytest
 
 from stabletrain.diffusion.backbones import BACKBONES, build_network
-from stabletrain.diffusion.config import (
+from stabletrain.diffusion.choices import (
     BACKBONE_NAMES,
     BLOCK_STYLE_NAMES,
-    ONLY_FOR,
     PROCESS_NAMES,
     PUBLISHED,
     RESAMPLING_STYLES,
     SAMPLER_NAMES,
     SKIP_SCALING_NAMES,
-    TAKES_KAPPA,
-    DiffusionConfig,
-    resolve,
 )
+from stabletrain.diffusion.config import DiffusionConfig, resolve
+from stabletrain.diffusion.contradictions import ONLY_FOR, TAKES_KAPPA
 from stabletrain.diffusion.family import FAMILY
 from stabletrain.diffusion.processes import PROCESSES
 from stabletrain.diffusion.samplers import SAMPLERS

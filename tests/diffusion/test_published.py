@@ -11,7 +11,7 @@ import pytest
 from stabletrain.cli.main import run
 from stabletrain.diffusion import published
 from stabletrain.diffusion.checkpoint_reader import open_checkpoint
-from stabletrain.diffusion.config import PUBLISHED
+from stabletrain.diffusion.choices import PUBLISHED
 from stabletrain.diffusion.unet_import import ImportedUNet
 from stabletrain.errors import DataError
 from tests.diffusion import test_unet_import as unets
