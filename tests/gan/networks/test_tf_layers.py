@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stabletrain.gan.networks.tf_layers import Conv, Conv1D, Deconv, LayerNorm, Linear, Norm, depth_to_space
+from stabletrain.gan.networks.tf_layers import (
+    Conv,
+    Conv1D,
+    Deconv,
+    LayerNorm,
+    Linear,
+    Norm,
+    convolve_same,
+    depth_to_space,
+)
 
 KEY = jax.random.key(0)
 
@@ -49,6 +58,29 @@ def test_the_transposed_convolution_is_pytorchs_cropped_and_not_its_padded_one()
     np.testing.assert_allclose(found, cropped, rtol=1e-5, atol=1e-5)
     padded = torch.nn.functional.conv_transpose2d(channels_first, kernel, stride=2, padding=2, output_padding=1)
     assert np.abs(padded.numpy().transpose(0, 2, 3, 1) - np.asarray(found)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "stride", "channels", "features"),
+    [(4, 3, 1, 8, 8), (8, 5, 2, 1, 8), (8, 3, 1, 3, 5), (8, 5, 2, 24, 16), (4, 5, 2, 64, 64), (6, 5, 2, 64, 32)],
+)
+def test_every_form_of_a_convolution_is_xlas(side, size, stride, channels, features):
+    rng = np.random.default_rng(0)
+    places = side // stride
+    images, kernel, cotangent = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((2, side, side, channels), (size, size, channels, features), (2, places, places, features))
+    )
+
+    def plain(x, k):
+        return jax.lax.conv_general_dilated(x, k, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    expected, back = jax.vjp(plain, images, kernel)
+    found, back_here = jax.vjp(lambda x, k: convolve_same(x, k, stride), images, kernel)
+    # sums of up to 1,600 products of order one, taken in another order
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-4)
+    for one, other in zip(back_here(cotangent), back(cotangent), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-4)
 
 
 def test_depth_to_space_reads_channels_as_row_column_channel():

@@ -164,7 +164,7 @@ def test_the_cifar_networks_have_the_released_numbers_of_parameters_and_starts()
 
 def test_the_penalty_of_a_layer_normalised_critic_takes_no_pass_twice():
     """The compiled gradient of the fast form has as few convolutions as that of the double backward."""
-    critic = DcganCritic(width=2, norm="layer")
+    critic = DcganCritic(width=16, norm="layer")  # wide enough to be no product with a whole matrix
     images, epsilon = jax.random.normal(KEY, (2, 16, 16, 1)), jnp.full(2, 0.3)
     params = critic.init(KEY, images, train=True)
 
