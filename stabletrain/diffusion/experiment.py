@@ -109,7 +109,7 @@ class DiffusionExperiment:
         shapes = jax.eval_shape(self._initial_params, jax.random.key(0))
         self.parameter_count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
         self._key = jax.random.key(config.seed)
-        self._generators: dict[Settings, Generator] = {}
+        self._generators: dict[tuple[Settings, int], Generator] = {}
         self._place_data()
 
     def _open_data(self) -> DataSpec:
@@ -311,19 +311,20 @@ class DiffusionExperiment:
         """The networks that there are to evaluate and sample from: `ema` first where it is kept, then `raw`."""
         return {**({"ema": state.ema} if state.ema is not None else {}), "raw": state.params}
 
-    def generator(self, settings: Settings) -> Generator:
-        """A compiled sampler of this model; cheap to ask for again."""
-        if settings not in self._generators:
-            self._generators[settings] = Generator(
+    def generator(self, settings: Settings, at_most: int | None = None) -> Generator:
+        """A compiled sampler of this model; cheap to ask for again. `at_most`: images that will be asked for."""
+        chunk = self.config.sampling_batch if at_most is None else min(at_most, self.config.sampling_batch)
+        if (settings, chunk) not in self._generators:
+            self._generators[settings, chunk] = Generator(
                 self._apply,
                 self.process,
                 settings,
                 mesh=self.mesh,
                 image_shape=self.image_shape,
                 nothing=self.num_classes or None,
-                chunk=self.config.sampling_batch,
+                chunk=chunk,
             )
-        return self._generators[settings]
+        return self._generators[settings, chunk]
 
     def settings(self) -> Settings:
         """How this run's configuration samples."""

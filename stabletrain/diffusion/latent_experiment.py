@@ -122,7 +122,7 @@ class LatentExperiment(DiffusionExperiment):
         split = self.latents.test if len(self.latents.test) else self.latents.train
         return self._fixed_latents(split, self.config.eval_pairs)
 
-    def text_generator(self, settings: Settings, empty: np.ndarray) -> Generator:
+    def text_generator(self, settings: Settings, empty: np.ndarray, chunk: int) -> Generator:
         """A compiled sampler of latents, which are given back unscaled in float32; `empty` [L, D] is the empty text."""
         scale = filled(self.config.latent_scale)
 
@@ -136,16 +136,17 @@ class LatentExperiment(DiffusionExperiment):
             mesh=self.mesh,
             image_shape=self.image_shape,
             nothing=empty,
-            chunk=self.config.sampling_batch,
+            chunk=chunk,
             finish=unscaled,
         )
 
-    def generator(self, settings: Settings) -> Generator:
+    def generator(self, settings: Settings, at_most: int | None = None) -> Generator:
         """As `text_generator`, with the data set's own features of the empty text; cheap to ask for again."""
         assert self.latents is not None, "an experiment built for sampling brings its own texts: text_generator"
-        if settings not in self._generators:
-            self._generators[settings] = self.text_generator(settings, self.latents.empty)
-        return self._generators[settings]
+        chunk = self.config.sampling_batch if at_most is None else min(at_most, self.config.sampling_batch)
+        if (settings, chunk) not in self._generators:
+            self._generators[settings, chunk] = self.text_generator(settings, self.latents.empty, chunk)
+        return self._generators[settings, chunk]
 
     def evaluate(self, state: DiffusionState, step: int, context: EvaluationContext) -> Evaluation:
         """`eval/loss_<split>_<weights>` on fixed latents, and a grid of samples for held-out texts in false colours."""
@@ -184,7 +185,8 @@ def sampled_latents(
             f"{experiment.data_spec.context_shape}"
         )
     params = chosen_weights(experiment, state, options)
-    generator = experiment.text_generator(sample_settings(experiment, options), empty)
+    chunk = min(options.num, experiment.config.sampling_batch)
+    generator = experiment.text_generator(sample_settings(experiment, options), empty, chunk)
     latents = generator.generate(params, texts.repeated(options.num), seed=options.seed, context=context)
     stream = io.BytesIO()
     np.savez_compressed(stream, latents=latents)

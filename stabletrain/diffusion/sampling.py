@@ -180,7 +180,9 @@ def sample_files(
     params, settings = chosen_weights(experiment, state, options), sample_settings(experiment, options)
     names = experiment.data_spec.class_names if experiment.num_classes else ()
     labels = _labels_of(options, names)
-    images = experiment.generator(settings).generate(params, labels, seed=options.seed, context=context)
+    images = experiment.generator(settings, at_most=options.num).generate(
+        params, labels, seed=options.seed, context=context
+    )
 
     digits = len(str(options.num - 1))
     files = {"grid.png": encode_png(image_grid(images, GRID_COLUMNS))}
