@@ -23,7 +23,8 @@ from stabletrain.training.experiment import Family
 SECONDS_BETWEEN_LINES = 10.0
 PRESET = "study.toml"
 GIBIBYTES_PER_WORKER = 2
-"""Of memory, for the default number of runs at once: what a run sized for two cores takes at most."""
+"""Of memory, for the default number of runs at once; a step of BigGAN-32, large for a CPU, peaked at 1.8
+(benchmarks/results/gan_networks.json)."""
 
 
 def seeds_of(text: str) -> list[int]:
@@ -45,7 +46,8 @@ def accelerators() -> list[str]:
 def make_engine(workers: int) -> LocalEngine:
     """One worker per accelerator; on CPU one per core, as far as the memory goes. `workers` = 0 chooses.
 
-    On CPU a run gains little from a second core, and much of it (starting, compiling) has use for one only.
+    On CPU a small run gains little from a second core (ReACGAN on digits: 31 s of processor time on one, 80 s on two
+    virtual devices), and starting and compiling have use for one only.
 
     Raises: `ConfigError` for more workers than cores.
     """
