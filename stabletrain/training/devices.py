@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import math
 import os
 import platform
 import tempfile
@@ -30,6 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from stabletrain.errors import ConfigError
 from stabletrain.paths import cache_home
 from stabletrain.training.experiment import Batch, Experiment, State
+from stabletrain.training.step_metrics import StepMetrics, layout_of
 
 DATA_AXIS = "data"
 
@@ -184,36 +184,6 @@ def shard_batch(batch: Batch, mesh: Mesh, axis: int = 0) -> Batch:
 # --- the compiled step ----------------------------------------------------------------------------------------
 
 
-class StepMetrics:
-    """The metrics of the steps of one dispatch, still on the device: one array, so that fetching is one copy."""
-
-    def __init__(self, packed: jax.Array, layout: dict[str, tuple[int, ...]], count: int) -> None:
-        self._packed = packed  # [at least count, sum of sizes] float32
-        self._layout = layout
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def block_until_ready(self) -> StepMetrics:
-        """Waits until the steps are done."""
-        self._packed.block_until_ready()
-        return self
-
-    def rows(self) -> list[dict[str, Any]]:
-        """For each step, in order: metric name -> float, or a list of floats for a vector. Waits for the steps."""
-        rows = []
-        for values in np.asarray(self._packed)[: self._count].tolist():
-            row: dict[str, Any] = {}
-            start = 0
-            for name, shape in self._layout.items():
-                size = math.prod(shape)
-                row[name] = values[start : start + size] if shape else values[start]
-                start += size
-            rows.append(row)
-        return rows
-
-
 RunSteps = Callable[[State, Sequence[Batch]], tuple[State, StepMetrics]]
 
 
@@ -232,11 +202,11 @@ def compile_step(experiment: Experiment, mesh: Mesh, inner_steps: int = 1) -> Ru
     axis = getattr(experiment, "batch_axis", 0)
     resident = getattr(experiment, "resident", {})
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    layout: dict[str, tuple[int, ...]] = {}
+    layout: dict[str, tuple[int, int | None]] = {}
 
     def packed_step(state: State, batch: Batch, resident: dict[str, Any]) -> tuple[State, jax.Array]:
         state, metrics = experiment.step(state, {**batch, **resident} if resident else batch)
-        layout.update({name: np.shape(value) for name, value in metrics.items()})
+        layout.update(layout_of({name: np.shape(value) for name, value in metrics.items()}))
         return state, jnp.concatenate([jnp.ravel(value).astype(jnp.float32) for value in metrics.values()])
 
     def one_step(state: State, batch: Batch, resident: dict[str, Any]) -> tuple[State, jax.Array]:

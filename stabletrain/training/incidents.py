@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from stabletrain.training.stability import MONITOR_COUNTERS, MONITOR_FLAGS, MONITOR_PREFIX, STABILITY_PREFIX
+from stabletrain.training.step_metrics import StepRow
 
 KINDS = ("nonfinite", "blowup", "spike", "exhausted", "crash")
 """What an incident can be. For a step at which several things happen, the first that applies."""
@@ -41,15 +42,18 @@ BEFORE = 32  # steps whose median is "before" in incident.json
 class FlightRecorder:
     """Keeps the metrics of the last `capacity` steps, and writes them below `directory` at an incident.
 
-    At most one dump per `spacing` steps of the same kind, and none is overwritten. Its memory (`export_state`,
-    `import_state`) is plain JSON, so that a resumed run has the same window and dumps the same.
+    After a dump none of the same kind follows for `spacing` steps, and twice as long after each further one: what
+    happens all the time (the losses of adversaries spike) is told by the events, and takes no time. None is
+    overwritten. Its memory (`export_state`, `import_state`) is plain JSON, so that a resumed run has the same window
+    and dumps the same.
     """
 
     def __init__(self, directory: Path, *, capacity: int = 256, spacing: int = 50) -> None:
         self.directory = directory
         self.spacing = spacing
-        self._steps: deque[tuple[int, int, dict[str, Any]]] = deque(maxlen=capacity)  # step, position, metrics
+        self._steps: deque[tuple[int, int, Mapping[str, Any]]] = deque(maxlen=capacity)  # step, position, metrics
         self._last_dump: dict[str, int] = {}
+        self._pauses: dict[str, int] = {}  # kind -> steps after its last dump in which there is no other
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -62,11 +66,7 @@ class FlightRecorder:
         """
         while self._steps and self._steps[-1][0] >= step:
             self._steps.pop()
-        kept = {
-            name: [i for i, entry in enumerate(value) if entry] if isinstance(value, (list, tuple)) else value
-            for name, value in metrics.items()
-        }
-        self._steps.append((step, position, kept))
+        self._steps.append((step, position, metrics if isinstance(metrics, StepRow) else _without_quiet(metrics)))
 
     def dump(
         self,
@@ -89,9 +89,10 @@ class FlightRecorder:
         if kind not in KINDS or action not in ACTIONS:
             raise ValueError(f"no such incident: kind {kind!r}, action {action!r}")
         last = self._last_dump.get(kind)
-        if last is not None and 0 <= step - last < self.spacing:
+        pause = self._pauses.get(kind, self.spacing)
+        if last is not None and 0 <= step - last < pause:
             return None
-        steps = [entry for entry in self._steps if entry[0] <= step]
+        steps = [(at, position, _unpacked(row)) for at, position, row in self._steps if at <= step]
         at = steps[-1] if steps and steps[-1][0] == step else (step, None, {})
         before = [metrics for _, _, metrics in steps if metrics is not at[2]][-BEFORE:]
         incident = {
@@ -107,7 +108,7 @@ class FlightRecorder:
             "numbers": _numbers(before, at[2]),
         }
         folder = self._write(step, incident, [_encode(*entry) for entry in steps])
-        self._last_dump[kind] = step
+        self._last_dump[kind], self._pauses[kind] = step, pause if last is None else 2 * pause
         return folder
 
     def _write(self, step: int, incident: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -136,7 +137,8 @@ class FlightRecorder:
         """
         blocks: list[dict[str, Any]] = []
         names: list[str] = []
-        for step, position, metrics in self._steps:
+        for step, position, row in self._steps:
+            metrics = _unpacked(row)
             if not blocks or names != list(metrics):
                 names = list(metrics)
                 blocks.append({"names": names, "steps": [], "positions": [], "lists": [], "numbers": []})
@@ -148,7 +150,7 @@ class FlightRecorder:
         for block in blocks:
             packed = zlib.compress(np.asarray(block["numbers"], "<f8").tobytes(), level=1)
             block["numbers"] = base64.b64encode(packed).decode()
-        return {"blocks": blocks, "last_dump": dict(self._last_dump)}
+        return {"blocks": blocks, "last_dump": dict(self._last_dump), "pauses": dict(self._pauses)}
 
     def import_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what `export_state` returned, in place of what is remembered now. An empty mapping clears."""
@@ -159,6 +161,19 @@ class FlightRecorder:
             for step, position, lists, values in zip(block["steps"], block["positions"], block["lists"], numbers):
                 self._steps.append((step, position, {**dict(zip(block["names"], values)), **lists}))
         self._last_dump = {kind: int(step) for kind, step in state.get("last_dump", {}).items()}
+        self._pauses = {kind: int(steps) for kind, steps in state.get("pauses", {}).items()}
+
+
+def _without_quiet(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: [i for i, entry in enumerate(value) if entry] if isinstance(value, (list, tuple)) else value
+        for name, value in metrics.items()
+    }
+
+
+def _unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A remembered step as it is written. A packed row is left so until then: most are never written."""
+    return _without_quiet(row) if isinstance(row, StepRow) else row
 
 
 def _read(path: Path) -> str | None:

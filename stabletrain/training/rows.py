@@ -23,6 +23,8 @@ class RowMaker:
 
     def __init__(self, examples_per_step: int) -> None:
         self._examples_per_step = examples_per_step
+        self._layout: Any = None
+        self._rules: list[tuple[str, str]] = []
         self.restart()
 
     def restart(self) -> None:
@@ -33,15 +35,28 @@ class RowMaker:
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """One step's metrics. Vectors are left out: they name tensors, and are for the monitor."""
-        for name, value in metrics.items():
-            if name.startswith(MONITOR_PREFIX) or isinstance(value, (list, tuple)):
-                continue
-            kept = self._values.get(name)
+        for name, rule in self._rules_of(metrics):
+            value, kept = float(metrics[name]), self._values.get(name)
             if kept is None:
-                self._values[name] = [1, float(value)]
-            else:
-                kept[0] += 1
-                kept[1] = _combined(name, kept[1], float(value))
+                self._values[name] = [1, value]
+                continue
+            kept[0] += 1
+            if rule == "mean":
+                kept[1] += value
+            elif rule == "last" or not (kept[1] != kept[1] or value <= kept[1]):  # of the largest a NaN stays
+                kept[1] = value
+
+    def _rules_of(self, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """The metrics that a row holds, with their rules: worked out once for all steps of a program."""
+        layout = getattr(metrics, "layout", None)
+        if layout is None or layout is not self._layout:
+            self._layout = layout
+            self._rules = [
+                (name, _rule(name))
+                for name, value in metrics.items()
+                if not (name.startswith(MONITOR_PREFIX) or isinstance(value, (list, tuple)))
+            ]
+        return self._rules
 
     def time(self, steps: int, seconds: float) -> None:
         """How long some steps took, without compilation, evaluation and checkpoints."""
@@ -73,12 +88,3 @@ def _rule(name: str) -> str:
     if "grad_norm" in name:
         return "max"
     return "last" if name.startswith(STABILITY_PREFIX) else "mean"
-
-
-def _combined(name: str, before: float, value: float) -> float:
-    rule = _rule(name)
-    if rule == "mean":
-        return before + value
-    if rule == "max":
-        return before if before != before or value <= before else value  # a NaN stays
-    return value

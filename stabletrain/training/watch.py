@@ -54,7 +54,7 @@ class Watch:
         self._leaf_names = {prefix: monitor.leaf_names for prefix, monitor in monitors_of(state).items()}
 
     def see(self, step: int, position: int, metrics: Mapping[str, Any], *, may_roll_back: bool) -> Findings:
-        """The events of one step. Writes an incident for each kind of trouble, at most one in 50 steps.
+        """The events of one step. Writes an incident for each kind of trouble, ever more rarely.
 
         `may_roll_back`: False when no more rollbacks are allowed; the verdict is then to stop.
         """

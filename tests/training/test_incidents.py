@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stabletrain.training.incidents import FlightRecorder
+from stabletrain.training.step_metrics import StepRow, layout_of
 
 
 def metrics_of(step: int, **changes: Any) -> dict[str, Any]:
@@ -104,14 +106,18 @@ def test_the_network_that_spiked_is_named(tmp_path: Path) -> None:
     assert "the critic loss was 9.25" in incident["sentence"]
 
 
-def test_one_kind_is_written_once_in_fifty_steps_and_others_besides(tmp_path: Path) -> None:
+def test_one_kind_is_written_ever_more_rarely_and_others_besides(tmp_path: Path) -> None:
     recorder = FlightRecorder(tmp_path)
     written = {}
-    for step in range(1, 121):
+    for step in range(1, 400):
+        if step == 200:  # a resumed run has the same pauses
+            state = json.loads(json.dumps(recorder.export_state()))
+            recorder = FlightRecorder(tmp_path)
+            recorder.import_state(state)
         recorder.record(step, step, metrics_of(step))
         written[step] = recorder.dump("spike", step=step, policy="log") is not None
-    assert [step for step, done in written.items() if done] == [1, 51, 101]
-    assert recorder.dump("blowup", step=101, policy="log") == tmp_path / "101-2"
+    assert [step for step, done in written.items() if done] == [1, 51, 151, 351]
+    assert recorder.dump("blowup", step=351, policy="log") == tmp_path / "351-2"
 
 
 def test_nothing_is_overwritten_and_nothing_written_twice(tmp_path: Path) -> None:
@@ -140,6 +146,30 @@ def test_a_resumed_recorder_writes_the_same_to_the_letter(tmp_path: Path) -> Non
     ]
     assert texts[0] == texts[1]
     assert whole.export_state() == half.export_state()
+
+
+def test_packed_rows_are_written_as_dictionaries_are(tmp_path: Path) -> None:
+    """Also after a resume, which gives dictionaries back, and by any way of asking for a metric."""
+    texts = []
+    for name, packed in (("packed", True), ("plain", False), ("resumed", True)):
+        recorder = FlightRecorder(tmp_path / name, capacity=20)
+        for step in range(1, 31):
+            row = metrics_of(step, monitor__nonfinite_gradients=[0.0, 1.0, 1.0], **(SPIKE if step == 30 else {}))
+            if packed:
+                layout = layout_of({key: np.shape(value) for key, value in row.items()})
+                values = [float(x) for value in row.values() for x in np.ravel(value)]
+                assert StepRow(layout, values) == row
+                assert StepRow(layout, values).get("no such metric", 7) == 7
+                row = StepRow(layout, values)
+            recorder.record(step, step - 1, row)
+        if name == "resumed":
+            state = json.loads(json.dumps(recorder.export_state()))
+            recorder = FlightRecorder(tmp_path / name, capacity=20)
+            recorder.import_state(state)
+        folder = recorder.dump("spike", step=30, policy="log")
+        assert folder is not None
+        texts.append([(folder / file).read_text() for file in ("incident.json", "window.jsonl")])
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_a_rollback_replaces_the_steps_that_come_again(tmp_path: Path) -> None:
