@@ -23,8 +23,8 @@ from stabletrain.training.experiment import Family
 SECONDS_BETWEEN_LINES = 10.0
 PRESET = "study.toml"
 GIBIBYTES_PER_WORKER = 2
-"""Of memory, for the default number of runs at once; a step of BigGAN-32, large for a CPU, peaked at 1.8
-(benchmarks/results/gan_networks.json)."""
+"""Of memory, for the default number of runs at once. Steps of networks that are large for a CPU peak at 1.8 to 2.0
+(BigGAN-32) and 2.5 (StyleGAN2 at 32 pixels): benchmarks/results/gan_networks.json."""
 
 
 def seeds_of(text: str) -> list[int]:
