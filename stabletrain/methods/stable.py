@@ -65,6 +65,7 @@ def boltzmann_gradient(
     residual: Residual = "full-sample",
     minibatch: int | None = None,
     valid: jax.Array | None = None,
+    order: jax.Array | None = None,
     chunk_size: int = CHUNK,
 ) -> Params:
     """v^T BE, the gradient of v . <g> with respect to the parameters, by one reverse pass through N energies.
@@ -76,18 +77,19 @@ def boltzmann_gradient(
     - "full-sample": v of the mean over all samples. The bias of v^T BE for a squared loss is O(1/N).
     - "cross-fitted": covariance of the first half with v of the second, and the other way round: unbiased for
       independent samples, with about twice the variance of the covariance's part. Order the samples by replica, or
-      shuffle them, so that the halves are independent.
-    - "released": v and covariance of each minibatch of `minibatch` samples in the order given, averaged: the released
-      code. The product is biased by 2 Cov(mean(g), Cov(g, dU)) within a minibatch. It has neither 1/kT nor
-      N / (N - 1), so that for a constant v and one minibatch it is kT (N - 1) / N times BE.
+      shuffle them (`order`), so that the halves are independent.
+    - "released": v and covariance of each minibatch of `minibatch` valid samples in order, averaged: the released
+      code, which shuffles them first. The product is biased by 2 Cov(mean(g), Cov(g, dU)) within a minibatch. It has
+      neither 1/kT nor N / (N - 1), so that for a constant v and one minibatch it is kT (N - 1) / N times BE.
 
     Shapes: positions [N, ...], observables [N, D], v [D], `valid` bool [N] (samples outside count for nothing, and may
-    hold anything, NaN too). Returns: a pytree like `params`; zero where fewer than two samples are valid.
+    hold anything, NaN too), `order` int [N], a permutation: which sample comes first.
+    Returns: a pytree like `params`; zero where fewer than two samples are valid.
     Raises: `ValueError` for shapes that do not fit, an unknown `residual`, a `minibatch` where it means nothing.
     Source: Raja et al. 2025, Eqs. 2 to 4.
     """
     coefficients = boltzmann_coefficients(
-        observables, cotangent, kT=kT, residual=residual, minibatch=minibatch, valid=valid
+        observables, cotangent, kT=kT, residual=residual, minibatch=minibatch, valid=valid, order=order
     )
     if valid is None:
         return weighted_energy_gradient(energy_fn, params, positions, coefficients, chunk_size=chunk_size)
@@ -105,6 +107,7 @@ def boltzmann_coefficients(
     residual: Residual = "full-sample",
     minibatch: int | None = None,
     valid: jax.Array | None = None,
+    order: jax.Array | None = None,
 ) -> jax.Array:
     """The c_i with d/dth sum_i c_i U_th(x_i) = v^T BE, in the forms of `boltzmann_gradient`, which says the rest.
 
@@ -119,6 +122,23 @@ def boltzmann_coefficients(
     if kept.shape != (count,):
         raise ValueError(f"valid must have the shape {(count,)}, not {kept.shape}")
     observables = jnp.where(kept[:, None], observables, 0)
+    if order is None:
+        return _in_order(observables, kept, cotangent, kT=kT, residual=residual, minibatch=minibatch)
+    if order.shape != (count,):
+        raise ValueError(f"order must have the shape {(count,)}, not {order.shape}")
+    ordered = _in_order(observables[order], kept[order], cotangent, kT=kT, residual=residual, minibatch=minibatch)
+    return jnp.zeros_like(ordered).at[order].set(ordered)
+
+
+def _in_order(
+    observables: jax.Array,
+    kept: jax.Array,
+    cotangent: Cotangent,
+    *,
+    kT: float | jax.Array,
+    residual: Residual,
+    minibatch: int | None,
+) -> jax.Array:
     cotangent_of = cotangent if callable(cotangent) else lambda mean: cotangent
 
     if residual == "full-sample":
@@ -152,7 +172,7 @@ def _covariance_coefficients(observables: jax.Array, kept: jax.Array, v: jax.Arr
 def _released_coefficients(
     observables: jax.Array, kept: jax.Array, cotangent_of: Callable[[jax.Array], jax.Array], minibatch: int
 ) -> jax.Array:
-    """Mean over minibatches of mean(g) . v mean(dU) - mean(g . v dU); the last may be smaller, empty ones are left out.
+    """Mean over minibatches of kept samples of mean(g) . v mean(dU) - mean(g . v dU); the last may be smaller.
 
     Shapes: observables [N, D] -> [N].
     """
@@ -161,8 +181,9 @@ def _released_coefficients(
     count, width = observables.shape
     batches = -(-count // minibatch)
     fill = batches * minibatch - count
-    values = jnp.pad(observables, ((0, fill), (0, 0))).reshape(batches, minibatch, width)
-    mask = jnp.pad(kept, (0, fill)).reshape(batches, minibatch)
+    first = jnp.argsort(~kept, stable=True)  # those that are kept, in their order: they alone fill the minibatches
+    values = jnp.pad(observables[first], ((0, fill), (0, 0))).reshape(batches, minibatch, width)
+    mask = jnp.pad(kept[first], (0, fill)).reshape(batches, minibatch)
 
     def of_batch(values: jax.Array, mask: jax.Array) -> jax.Array:
         mean = _mean(values, mask)
@@ -170,7 +191,8 @@ def _released_coefficients(
         return jnp.where(mask, -deviations, 0) / jnp.maximum(jnp.sum(mask), 1)
 
     used = jnp.maximum(jnp.sum(jnp.any(mask, axis=1)), 1)
-    return (jax.vmap(of_batch)(values, mask) / used).reshape(-1)[:count]
+    coefficients = (jax.vmap(of_batch)(values, mask) / used).reshape(-1)[:count]
+    return jnp.zeros_like(coefficients).at[first].set(coefficients)
 
 
 # --- one reverse pass -------------------------------------------------------------------------------------------------
@@ -247,6 +269,7 @@ def local_boltzmann_gradient(
     residual: Residual = "full-sample",
     minibatch: int | None = None,
     valid: jax.Array | None = None,
+    order: jax.Array | None = None,
     chunk_size: int = CHUNK,
 ) -> Params:
     """v^T BE where a sample is one neighbourhood of one configuration: M N samples from N configurations.
@@ -259,8 +282,8 @@ def local_boltzmann_gradient(
 
     Shapes: positions [N, ...]; neighbourhoods int [M, k], or [N, M, k], the atoms of each, negative numbers for
     places that are empty; observables [N, M, D]; `valid` bool [N, M]: the neighbourhoods that count, see
-    `flatten_histogram`. A configuration must be finite where one of its neighbourhoods counts.
-    "released" takes minibatches of neighbourhoods in the order given.
+    `flatten_histogram`; `order` int [N M], of all neighbourhoods, as in `boltzmann_gradient`. A configuration must be
+    finite where one of its neighbourhoods counts.
 
     Raises: `ValueError` as `boltzmann_gradient` does. Source: Raja et al. 2025, Eq. 5 (Definition 2).
     """
@@ -276,6 +299,7 @@ def local_boltzmann_gradient(
         residual=residual,
         minibatch=minibatch,
         valid=None if valid is None else valid.reshape(-1),
+        order=order,
     ).reshape(count, places)
 
     one = jax.tree.map(lambda x: x[0], positions)

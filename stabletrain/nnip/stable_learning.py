@@ -80,9 +80,6 @@ def distances_gradient(observable: StaticObservable, target: Array, estimator: E
 
     def gradient(potential: Potential, params: Params, positions: Array, valid: Array, key: Array) -> Learned:
         curves = observable.of_frames(positions) * observable.spacing * PERCENT
-        if estimator.residual != "full-sample":  # halves and minibatches of mixed replicas, as the released code has it
-            order = jax.random.permutation(key, len(valid))
-            positions, valid, curves = positions[order], valid[order], curves[order]
         slope = boltzmann_gradient(
             potential.energy,
             params,
@@ -93,12 +90,18 @@ def distances_gradient(observable: StaticObservable, target: Array, estimator: E
             residual=estimator.residual,
             minibatch=estimator.minibatch,
             valid=valid,
+            order=_order(key, len(valid), estimator),
             chunk_size=estimator.chunk,
         )
         loss = observable_loss(mean_curve(curves, valid), target)
         return Learned(loss, jax.tree.map(lambda x: unit * x, slope), jnp.sum(valid))
 
     return gradient
+
+
+def _order(key: Array, count: int, estimator: Estimator) -> Array | None:
+    """Random: halves and minibatches of mixed replicas, as the released code has it. None where it does not matter."""
+    return None if estimator.residual == "full-sample" else jax.random.permutation(key, count)
 
 
 def distances_again(
@@ -171,11 +174,12 @@ def bonds_gradient(system: System, which: Molecules, target: Array, estimator: E
     unit = estimator.kT if estimator.residual != "released" else 1.0
 
     def gradient(potential: Potential, params: Params, positions: Array, valid: Array, key: Array) -> Learned:
+        kept_key, order_key = jax.random.split(key)
         lengths = bond_lengths(system, positions)[:, jnp.asarray(which.bonds)]  # [N, M, b]
         worst = jnp.max(jnp.abs(lengths - target), axis=-1)
         known = jnp.broadcast_to(valid[:, None], worst.shape)
         kept = flatten_histogram(
-            key, worst.reshape(-1), bins=LOCAL_BINS, per_bin=LOCAL_PER_REPLICA * replicas, valid=known.reshape(-1)
+            kept_key, worst.reshape(-1), bins=LOCAL_BINS, per_bin=LOCAL_PER_REPLICA * replicas, valid=known.reshape(-1)
         ).reshape(worst.shape)
         slope = local_boltzmann_gradient(
             potential.energy_per_atom,
@@ -188,6 +192,7 @@ def bonds_gradient(system: System, which: Molecules, target: Array, estimator: E
             residual=estimator.residual,
             minibatch=estimator.minibatch,
             valid=kept,
+            order=_order(order_key, kept.size, estimator),
             chunk_size=estimator.chunk,
         )
         mean = mean_curve(lengths.reshape(-1, lengths.shape[-1]), kept.reshape(-1))

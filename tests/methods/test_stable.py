@@ -207,7 +207,29 @@ def test_released_form_by_the_letter(params, samples) -> None:
     np.testing.assert_allclose(flat(whole), KT * 19 / 20 * flat(full), atol=EXACT)
 
 
-@pytest.mark.parametrize("options", [{}, {"residual": "cross-fitted"}, {"residual": "released", "minibatch": 23}])
+FORMS = [{}, {"residual": "cross-fitted"}, {"residual": "released", "minibatch": 3}]
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_an_order_is_that_of_the_samples(params, samples, options) -> None:
+    """The form in a given order is that of the samples put into it."""
+    x, g = samples
+    order = jnp.asarray(np.random.default_rng(5).permutation(23))
+    valid = jnp.arange(23) % 5 != 2
+    cotangent = squared_error_cotangent(jnp.arange(5.0))
+    expected = boltzmann_gradient(
+        energy, params, x[order], g[order], cotangent, kT=KT, valid=valid[order], **options
+    )  # fmt: skip
+    ours = boltzmann_gradient(energy, params, x, g, cotangent, kT=KT, valid=valid, order=order, **options)
+    np.testing.assert_allclose(flat(ours), flat(expected), atol=EXACT)
+    if options:
+        in_place = boltzmann_gradient(energy, params, x, g, cotangent, kT=KT, valid=valid, **options)
+        assert np.abs(flat(in_place) - flat(ours)).max() > 1e-3 * np.abs(flat(ours)).max()
+    with pytest.raises(ValueError, match="order must have the shape"):
+        boltzmann_gradient(energy, params, x, g, cotangent, kT=KT, order=order[:5], **options)
+
+
+@pytest.mark.parametrize("options", FORMS)
 def test_samples_that_do_not_count_may_hold_anything(params, samples, options) -> None:
     """A masked sample is an absent one, even where it is NaN; without any valid sample the gradient is zero."""
     x, g = samples
