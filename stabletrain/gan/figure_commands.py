@@ -320,6 +320,10 @@ def random_architectures(
     minimum: Annotated[
         list[float] | None, typer.Option(help="Thresholds. [default: twelve from noise to real data]")
     ] = None,
+    scores_of: Annotated[
+        list[Path] | None,
+        typer.Option("--scores", metavar="FILE.csv", help="Scores of other architectures, as --out writes them."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Also write the tables there.")] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> int:
@@ -328,14 +332,17 @@ def random_architectures(
         classifier_anchors,
         compare,
         grid,
+        join_scores,
         read_scores,
+        scores_from_csv,
         to_csv,
         to_document,
         to_markdown,
     )
     from stabletrain.training.run_directory import RunDirectory, is_run
 
-    scores = read_scores(study, metric)
+    elsewhere = [scores_from_csv(path, metric) for path in scores_of or ()]
+    scores = join_scores([*elsewhere, read_scores(study, metric)])
     config = next(RunDirectory.open(path).config_values for path in sorted(study.iterdir()) if is_run(path))
     anchors = None
     if "-classifier" in metric and metric.startswith("eval/cs"):
@@ -349,12 +356,16 @@ def random_architectures(
         raise ConfigError(f"{study} has no row besides {baseline!r} to compare it with")
     comparisons = [compare(scores, baseline, row, minimums) for row in others]
     text = "\n".join(f"### {each.second}\n\n{to_markdown(each, metric, anchors)}" for each in comparisons)
-    document = {"study": str(study), "comparisons": [to_document(each, metric, anchors) for each in comparisons]}
+    document = {
+        "study": str(study),
+        "scores": [str(path) for path in scores_of or ()],
+        "comparisons": [to_document(each, metric, anchors) for each in comparisons],
+    }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "random-architectures-success.md").write_text(text, encoding="utf-8")
         (out / "random-architectures-success.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        (out / "random-architectures-scores.csv").write_text(to_csv(scores), encoding="utf-8")
+        (out / "random-architectures-scores.csv").write_text(to_csv(scores, metric), encoding="utf-8")
     if as_json:
         metrics = {f"{each.second}/sign_p": to_document(each, metric, anchors)["sign_p"] for each in comparisons}
         head = {"run_dir": str(study), "status": "done", "step": 0, "metrics": metrics}

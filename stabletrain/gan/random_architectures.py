@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from stabletrain.errors import ConfigError, nearest
+from stabletrain.errors import ConfigError, DataError, nearest
 from stabletrain.training.run_directory import RunDirectory, is_run
 
 BOOTSTRAP_DRAWS = 10_000
+METRIC_COLUMN = "metric"
 ENDED = ("done", "diverged", "failed")
 Scores = Mapping[int, float]
 """Architecture -> final score; minus infinity where the training broke down."""
@@ -59,6 +60,14 @@ class Comparison:
     first_better: int
     sign_p: float
     """Two-sided sign test of which method scores higher; equal scores (both broken) are left out."""
+    unbroken: int
+    """Architectures that both trained without breaking down; over these are the means and the difference."""
+    means: tuple[float, float]
+    deviations: tuple[float, float]
+    difference: float
+    """Mean score of the second minus that of the first; NaN when each architecture broke one of them."""
+    interval: tuple[float, float]
+    """Its 95 % bootstrap interval over architectures."""
     thresholds: tuple[Threshold, ...]
 
 
@@ -83,6 +92,21 @@ def read_scores(study: Path, metric: str) -> dict[str, dict[int, float]]:
     if not found:
         raise ConfigError(f"{study} holds no finished run of `stabletrain gan --network random`")
     return found
+
+
+def join_scores(parts: Sequence[Mapping[str, Scores]]) -> dict[str, dict[int, float]]:
+    """The rows of several studies, which share no architecture of a row.
+
+    Raises: `ConfigError` when two of them have the same architecture under the same row.
+    """
+    joined: dict[str, dict[int, float]] = {}
+    for part in parts:
+        for row, scores in part.items():
+            of_row = joined.setdefault(row, {})
+            if twice := sorted(set(of_row) & set(scores)):
+                raise ConfigError(f"two studies have architecture {twice[0]} of {row}")
+            of_row.update(scores)
+    return joined
 
 
 def _final_score(run: RunDirectory, metric: str) -> float:
@@ -111,6 +135,10 @@ def compare(
         raise ConfigError(f"{first} and {second} have no architecture in common")
     one, two = (np.array([scores[name][number] for number in common]) for name in (first, second))
     better, worse = int((two > one).sum()), int((two < one).sum())
+    finite = np.isfinite(one) & np.isfinite(two)
+    left, right = one[finite], two[finite]
+    spread = (float(left.std(ddof=1)), float(right.std(ddof=1))) if finite.sum() > 1 else (math.nan, math.nan)
+    means = (float(left.mean()), float(right.mean())) if finite.any() else (math.nan, math.nan)
     return Comparison(
         first=first,
         second=second,
@@ -119,6 +147,11 @@ def compare(
         second_better=better,
         first_better=worse,
         sign_p=_two_sided(better, worse),
+        unbroken=int(finite.sum()),
+        means=means,
+        deviations=spread,
+        difference=means[1] - means[0],
+        interval=_interval(right - left, seed),
         thresholds=tuple(threshold(one, two, minimum, seed=seed) for minimum in minimums),
     )
 
@@ -128,8 +161,6 @@ def threshold(one: np.ndarray, two: np.ndarray, minimum: float, *, seed: int = 0
     first, second = one > minimum, two > minimum
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     gains = second.astype(float) - first.astype(float)
-    draws = np.random.default_rng(seed).integers(0, len(gains), (BOOTSTRAP_DRAWS, len(gains)))
-    low, high = np.percentile(gains[draws].mean(axis=1), [2.5, 97.5])
     return Threshold(
         minimum=float(minimum),
         only_first=only_first,
@@ -138,8 +169,16 @@ def threshold(one: np.ndarray, two: np.ndarray, minimum: float, *, seed: int = 0
         neither=int((~first & ~second).sum()),
         p=_two_sided(only_second, only_first),
         difference=float(gains.mean()),
-        interval=(float(low), float(high)),
+        interval=_interval(gains, seed),
     )
+
+
+def _interval(gains: np.ndarray, seed: int) -> tuple[float, float]:
+    if not len(gains):
+        return (math.nan, math.nan)
+    draws = np.random.default_rng(seed).integers(0, len(gains), (BOOTSTRAP_DRAWS, len(gains)))
+    low, high = np.percentile(gains[draws].mean(axis=1), [2.5, 97.5])
+    return (float(low), float(high))
 
 
 def _two_sided(wins: int, losses: int) -> float:
@@ -196,6 +235,13 @@ def to_markdown(comparison: Comparison, metric: str, anchors: tuple[float, float
         f"({comparison.broken[0]} of {first}, {comparison.broken[1]} of {second}). {second} scores higher on "
         f"{comparison.second_better} and {first} on {comparison.first_better}; sign test p = {sign}.",
     ]
+    if comparison.unbroken:
+        (low, high), (mean, other) = comparison.interval, comparison.means
+        lines.append(
+            f"Mean over {comparison.unbroken} unbroken: {first} {mean:.2f} ± {comparison.deviations[0]:.2f}, {second} "
+            f"{other:.2f} ± {comparison.deviations[1]:.2f}; difference {comparison.difference:+.2f} "
+            f"[{low:+.2f}, {high:+.2f}]."
+        )
     if anchors is not None:
         lines.append(f"Real test images score {anchors[0]:.2f}, uniform noise {anchors[1]:.2f}.")
     return "\n".join(lines) + "\n"
@@ -203,23 +249,50 @@ def to_markdown(comparison: Comparison, metric: str, anchors: tuple[float, float
 
 def to_document(comparison: Comparison, metric: str, anchors: tuple[float, float] | None) -> dict[str, Any]:
     """Plain values; NaN as None."""
-    values = asdict(comparison)
-    values["sign_p"] = None if math.isnan(comparison.sign_p) else comparison.sign_p
-    for each in values["thresholds"]:
-        each["p"] = None if math.isnan(each["p"]) else each["p"]
+    values = _without_nan(asdict(comparison))
     return {"metric": metric, "real": anchors and anchors[0], "noise": anchors and anchors[1], **values}
 
 
-def to_csv(scores: Mapping[str, Scores]) -> str:
-    """A line per architecture with what it is, and the score of every row; empty where a run is missing."""
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def to_csv(scores: Mapping[str, Scores], metric: str) -> str:
+    """A line per architecture: what it is, the metric's name, and its value in every row; empty where a run is missing.
+
+    `scores_from_csv` reads it back.
+    """
     from stabletrain.gan.networks.random_architecture import architecture
 
     numbers = sorted({number for each in scores.values() for number in each})
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    fields = list(asdict(architecture(0)))
-    writer.writerow(["architecture", *fields, *scores])
+    writer.writerow(["architecture", *asdict(architecture(0)), METRIC_COLUMN, *scores])
     for number in numbers:
-        described = asdict(architecture(number))
-        writer.writerow([number, *described.values(), *(each.get(number, "") for each in scores.values())])
+        described = asdict(architecture(number)).values()
+        writer.writerow([number, *described, metric, *(each.get(number, "") for each in scores.values())])
     return stream.getvalue()
+
+
+def scores_from_csv(path: Path, metric: str) -> dict[str, dict[int, float]]:
+    """By row: the scores that `to_csv` wrote.
+
+    Raises: `DataError` when the file cannot be read, is not such a table, or is one of another metric.
+    """
+    try:
+        header, *lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+        first = header.index(METRIC_COLUMN) + 1
+        if any(line[first - 1] != metric for line in lines):
+            raise DataError(f"{path} holds scores of {lines[0][first - 1]}, not of {metric}")
+        return {
+            row: {int(line[0]): float(line[place]) for line in lines if line[place]}
+            for place, row in enumerate(header[first:], first)
+        }
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    except (ValueError, IndexError) as error:
+        raise DataError(f"{path} is no table of scores of random architectures: {error}") from error

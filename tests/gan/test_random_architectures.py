@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from stabletrain.errors import ConfigError
+from stabletrain.errors import ConfigError, DataError
 from stabletrain.gan.config import GanConfig
 from stabletrain.gan.figure_commands import random_architectures
 from stabletrain.gan.random_architectures import (
@@ -16,6 +16,7 @@ from stabletrain.gan.random_architectures import (
     compare,
     grid,
     read_scores,
+    scores_from_csv,
     threshold,
     to_csv,
     to_document,
@@ -103,7 +104,7 @@ def study(tmp_path):
 def test_scores_are_read_by_row_and_architecture(study):
     scores = read_scores(study, METRIC)
     assert scores == {"gan": {0: 3.0, 1: 2.0, 2: 4.0, 3: -INF}, "gp": {0: 5.0, 1: 6.0, 2: 3.5, 3: -INF}}
-    table = to_csv(scores).splitlines()
+    table = to_csv(scores, METRIC).splitlines()
     assert table[0].startswith("architecture,generator_nonlinearity,")
     assert table[1].endswith(",3.0,5.0")
     with pytest.raises(ConfigError, match="eval/cs1k_x"):
@@ -130,6 +131,38 @@ def test_the_command_prints_and_writes(study, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["metrics"] == {"gp/sign_p": 1.0}
     with pytest.raises(ConfigError, match="--minimum"):
         random_architectures(study, METRIC)
+
+
+def test_architectures_of_another_machine_are_joined_by_their_table(study, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    random_architectures(study, METRIC, minimum=[2.5], out=out)
+    for seed in (5, 6):
+        make_run(other, "gan", seed, "done", 1.0)
+        make_run(other, "gp", seed, "done", 7.0)
+    kept = out / "random-architectures-scores.csv"
+    assert scores_from_csv(kept, METRIC) == read_scores(study, METRIC)
+    capsys.readouterr()
+    assert random_architectures(other, METRIC, minimum=[2.5], scores_of=[kept], as_json=True) == 0
+    (found,) = json.loads(capsys.readouterr().out)["comparisons"]
+    assert found["architectures"] == [0, 1, 2, 3, 5, 6]
+    assert found["unbroken"] == 5
+    assert found["means"] == pytest.approx([11 / 5, 28.5 / 5])
+    assert found["difference"] == pytest.approx(17.5 / 5)
+    assert found["interval"][0] < 17.5 / 5 < found["interval"][1]
+    with pytest.raises(ConfigError, match="two studies have architecture 0 of gan"):
+        random_architectures(study, METRIC, minimum=[2.5], scores_of=[kept])
+
+
+def test_tables_of_scores_that_do_not_fit_are_refused(study, tmp_path):
+    kept = tmp_path / "scores.csv"
+    kept.write_text(to_csv(read_scores(study, METRIC), METRIC))
+    with pytest.raises(DataError, match="not of eval/other"):
+        scores_from_csv(kept, "eval/other")
+    kept.write_text("architecture,gan\n0,1.0\n")
+    with pytest.raises(DataError, match="no table of scores"):
+        scores_from_csv(kept, METRIC)
+    with pytest.raises(DataError, match="cannot read"):
+        scores_from_csv(tmp_path / "nothing.csv", METRIC)
 
 
 @pytest.mark.slow
