@@ -39,6 +39,7 @@ from stabletrain.continual.streams import Streams
 from stabletrain.continual.timeline import make_timeline
 from stabletrain.data.load import load_dataset
 from stabletrain.errors import ConfigError, DataError
+from stabletrain.random_keys import key_from_data, random_key
 from stabletrain.training.config import replace
 from stabletrain.training.devices import compute_dtype, replicated
 from stabletrain.training.experiment import Batch, Evaluation, EvaluationContext, Metrics
@@ -103,7 +104,7 @@ class ContinualExperiment:
         self.network = build_network(config, self.classes, compute_dtype(config.precision))
         self.policy = Policy.from_config(config, watch_blowup=False)  # the loss rises whenever a task starts
         self.optimizer = optimizer_for(config)
-        shapes = jax.eval_shape(self._initial, jax.random.key(0))
+        shapes = jax.eval_shape(self._initial, random_key(0))
         self.parameter_count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes["params"]))
         self.regularizer = LayerRegularizer(config, self.network)
         self.inner_steps = 10 if config.network == "mlp" or mesh.devices.flat[0].platform != "cpu" else 1
@@ -187,7 +188,7 @@ class ContinualExperiment:
                 "images": images,
                 "labels": labels,
                 "owner": self.owner,
-                "key": np.asarray(jax.random.key_data(jax.random.key(self.config.seed))),
+                "key": np.asarray(jax.random.key_data(random_key(self.config.seed))),
                 "test_counts": test_counts.astype(np.float32),
                 "test_images": np.concatenate([test_images, test_images[:pad]]),
                 "test_labels": np.concatenate([test_labels, np.full(pad, -1, np.int32)]),
@@ -300,7 +301,7 @@ class ContinualExperiment:
         return loss, {"statistics": new_statistics, "logits": logits}
 
     def _step_key(self, batch: Mapping[str, Array]) -> Array:
-        return jax.random.fold_in(jax.random.wrap_key_data(batch["key"]), batch["position"])
+        return jax.random.fold_in(key_from_data(batch["key"]), batch["position"])
 
     # --- one update ---------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from stabletrain.diffusion.processes import Array, noised
 from stabletrain.diffusion.sampling import Generator, Settings, grid_labels, grid_png
 from stabletrain.errors import ConfigError, DataError
 from stabletrain.metrics.scoring import refuse_unjudgeable, score_images
+from stabletrain.random_keys import random_key
 from stabletrain.training.devices import batch_shardings, compute_dtype, replicated
 from stabletrain.training.ema import average_decay, start_average, update_average
 from stabletrain.training.experiment import Batch, Evaluation, EvaluationContext, Metrics
@@ -106,9 +107,9 @@ class DiffusionExperiment:
         self.policy = Policy.from_config(config)
         self.examples_per_step = config.batch_size
         self.inner_steps = self._steps_per_dispatch()
-        shapes = jax.eval_shape(self._initial_params, jax.random.key(0))
+        shapes = jax.eval_shape(self._initial_params, random_key(0))
         self.parameter_count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
-        self._key = jax.random.key(config.seed)
+        self._key = random_key(config.seed)
         self._generators: dict[tuple[Settings, int], Generator] = {}
         self._place_data()
 

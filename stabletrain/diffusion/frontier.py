@@ -20,6 +20,7 @@ from stabletrain.data.arrays import digits
 from stabletrain.data.images import to_float
 from stabletrain.diffusion.processes import VPSDE
 from stabletrain.diffusion.skip_mlp import SkipMLP
+from stabletrain.random_keys import random_key
 
 Array = jax.Array
 Floats = np.ndarray
@@ -125,7 +126,7 @@ def train_cell(
         return jnp.mean(process.loss(predict, clean, noise, times))
 
     def train(rate: Array, seed: Array) -> tuple[Array, Array]:
-        key = jax.random.key(seed)
+        key = random_key(seed)
         params = network.init(jax.random.fold_in(key, 0), images[:1], jnp.zeros(1))["params"]
 
         def step(state: Any, position: Array) -> tuple[Any, tuple[Array, Array]]:

@@ -23,6 +23,7 @@ from stabletrain.diffusion.guidance import guided
 from stabletrain.diffusion.processes import Array, Process
 from stabletrain.diffusion.samplers import SAMPLERS, Plan, ddim, heun, sample
 from stabletrain.errors import ConfigError, nearest
+from stabletrain.random_keys import random_key
 from stabletrain.training.devices import batch_sharding, replicated
 from stabletrain.training.experiment import EvaluationContext
 
@@ -102,7 +103,7 @@ class Generator:
 
         whole, split = replicated(mesh), batch_sharding(mesh)
         self._trajectory = jax.jit(trajectory, in_shardings=(whole, split, split), out_shardings=split)
-        self._keys = jax.jit(lambda seed, n: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(n))
+        self._keys = jax.jit(lambda seed, n: jax.vmap(lambda i: jax.random.fold_in(random_key(seed), i))(n))
 
     def chunks(
         self, params: Params, labels: np.ndarray | Texts, *, seed: int, context: EvaluationContext, what: str

@@ -30,6 +30,7 @@ from stabletrain.diffusion.skips import skip_scales
 from stabletrain.diffusion.unet import UNet, group_count
 from stabletrain.diffusion.uvit import UViT
 from stabletrain.methods.scalelong import theorem31_prediction, theorem33_ratio, theorem34_bound
+from stabletrain.random_keys import random_key
 
 Array = jax.Array
 Params = Any
@@ -83,7 +84,7 @@ def draws(network: Network, count: int, seed: int, image_size: int = 8) -> list[
         return network.init(keys[2], images, times)["params"], images, times, keys[3]
 
     drawn = jax.jit(draw)
-    return [drawn(key) for key in jax.random.split(jax.random.key(seed), count)]
+    return [drawn(key) for key in jax.random.split(random_key(seed), count)]
 
 
 def measured(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from stabletrain.gan.toy_training import LATENT, Layers, ToySettings, apply_mlp, train_toy
 from stabletrain.gan.toys import held_out_points
 from stabletrain.methods.wgan_gp import critic_loss
+from stabletrain.random_keys import random_key
 
 Array = NDArray[np.floating]
 PROBE_POINTS = 1024
@@ -103,7 +104,7 @@ def depth_gradients(
         result = train_toy(settings, tick=tick)
         assert result.generator is not None
         real = jnp.asarray(held_out_points(settings.toy)[:PROBE_POINTS], jnp.float64)
-        key = jax.random.fold_in(jax.random.key(settings.seed), 2)
+        key = jax.random.fold_in(random_key(settings.seed), 2)
         fake = apply_mlp(result.generator, jax.random.normal(key, (PROBE_POINTS, LATENT), jnp.float64))
         gradients = jax.jit(activation_gradients)(result.critic, real, fake)
         norms = np.array([float(_norm(gradient)) for gradient in gradients])

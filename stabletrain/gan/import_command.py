@@ -15,6 +15,7 @@ import typer
 from stabletrain.errors import EXIT_OK, ConfigError, nearest
 from stabletrain.gan.config import GanConfig
 from stabletrain.gan.resolution import resolve
+from stabletrain.random_keys import random_key
 from stabletrain.training.config import make_config
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _write_run(
     from stabletrain.training.run_directory import RunDirectory
 
     experiment = build(config, mesh=make_mesh(1, 1), data_spec=spec)
-    due = jax.eval_shape(experiment.init, jax.random.key(0))
+    due = jax.eval_shape(experiment.init, random_key(0))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), due)
 
     def network(name: str, now: Any, variables: dict[str, Any]) -> Any:

@@ -37,6 +37,7 @@ from stabletrain.gan.adversarial import ADVERSARIAL, crammer_singer
 from stabletrain.gan.conditioning import class_probabilities
 from stabletrain.gan.objectives import Objectives
 from stabletrain.gan.state import HEAD, GanState
+from stabletrain.random_keys import random_key
 from stabletrain.training.experiment import Metrics
 
 Array = jax.Array
@@ -61,7 +62,7 @@ class Indicators:
 
     def _of(self, state: GanState, fixed: Mapping[str, Array]) -> Metrics:
         objectives = self._objectives
-        statistics, key = state.critic.statistics, jax.random.key(0)
+        statistics, key = state.critic.statistics, random_key(0)
         labels, classes = fixed.get("labels"), fixed.get("classes")
         generator = {"params": state.generator.params, **state.generator.statistics}
         fakes, _ = objectives.generator(generator, fixed["latents"], classes, key, train=True)

@@ -21,6 +21,7 @@ from stabletrain.gan.config import GanConfig, filled
 from stabletrain.gan.regularizers import dragan, lecam, mean_square, orthogonality, path_length, r1
 from stabletrain.gan.state import Critic, Generator
 from stabletrain.methods.wgan_gp import gradient_penalty
+from stabletrain.random_keys import key_from_data
 
 Array = jax.Array
 Variables = Mapping[str, Any]
@@ -201,7 +202,7 @@ class Objectives:
             numbers = jax.random.key_data(keys[2])
 
             def seen(samples: Array) -> Array:
-                return scores(augment(samples, jax.random.wrap_key_data(numbers)))
+                return scores(augment(samples, key_from_data(numbers)))
 
             def term() -> Array:
                 return every * weight * r1(seen, batch.real, mixes_samples=self.mixes_samples)

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stabletrain.gan.state import Critic, Generator
+from stabletrain.random_keys import random_key
 from stabletrain.training.devices import batch_sharding, replicated
 from stabletrain.training.experiment import EvaluationContext
 
@@ -74,7 +75,7 @@ class Programs:
 
     def _latents(self, seed: Array, numbers: Array, truncation: Array, *, truncated: bool) -> Array:
         def one(number: Array) -> Array:
-            key = jax.random.fold_in(jax.random.key(seed), number)
+            key = jax.random.fold_in(random_key(seed), number)
             z = jax.random.normal(key, (self.generator.z_dim,))
             if not truncated:
                 return z
@@ -121,7 +122,7 @@ class GanModel:
         for number in range(batches):
             rows = np.arange(number * chunk, (number + 1) * chunk, dtype=np.uint32)
             z = programs.latents(np.uint32(STANDING_SEED), rows, np.float32(0), truncated=False)
-            key = jax.random.fold_in(jax.random.key(STANDING_SEED), number)
+            key = jax.random.fold_in(random_key(STANDING_SEED), number)
             labels = (rows % max(self.num_classes, 1)).astype(np.int32)
             low, high = (
                 programs.statistics({**generator, "batch_stats": start}, z, labels, key) for start in (zeros, ones)
@@ -139,7 +140,7 @@ class GanModel:
             rows = np.arange(start, start + chunk, dtype=np.uint32)
             z = programs.latents(np.uint32(STANDING_SEED), rows, np.float32(0), truncated=False)
             labels = (rows % max(self.num_classes, 1)).astype(np.int32)
-            parts.append(programs.mean_style(self._generator, z, labels, jax.random.key(STANDING_SEED)))
+            parts.append(programs.mean_style(self._generator, z, labels, random_key(STANDING_SEED)))
         return sum(parts) / len(parts)
 
     def samples(
@@ -189,7 +190,7 @@ class GanModel:
         return np.concatenate(parts)
 
     def _chunk(self, z: Any, labels: np.ndarray, seed: int, start: int, truncation: float = 0.0) -> np.ndarray:
-        key = jax.random.fold_in(jax.random.key(np.uint32(seed)), start)
+        key = jax.random.fold_in(random_key(np.uint32(seed)), start)
         if truncation:
             arguments = (z, labels.astype(np.int32), key, self._mean_style, np.float32(truncation))
             return np.asarray(self._programs.truncated(self._generator, *arguments))

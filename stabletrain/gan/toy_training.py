@@ -26,6 +26,7 @@ from stabletrain.methods.wgan_gp import (
     tf1_adam,
     tf1_rmsprop,
 )
+from stabletrain.random_keys import random_key
 
 Layers = list[dict[str, jax.Array]]
 """A ReLU network, layer by layer: `kernel` [in, out] and `bias` [out]."""
@@ -133,7 +134,7 @@ def train_toy(settings: ToySettings, *, tick: Tick | None = None) -> ToyResult:
         raise ValueError(f"unknown generator {settings.generator!r}; valid: noise, trained")
     dtype = jnp.dtype(settings.dtype)
     points = jnp.asarray(training_points(settings.toy), dtype)
-    critic_key, generator_key, key = jax.random.split(jax.random.key(settings.seed), 3)
+    critic_key, generator_key, key = jax.random.split(random_key(settings.seed), 3)
     hidden = (settings.width,) * settings.hidden
     optimizer = optimizer_of(settings)
     critic = init_mlp(critic_key, (2, *hidden, 1), dtype)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from stabletrain.gan.toy_training import ToyResult, ToySettings, draw_fakes, scores, train_toy
 from stabletrain.gan.toys import TOY_NAMES, exact_wasserstein, held_out_points, mixture, mode_report
 from stabletrain.methods.wgan_gp import gradient_norms
+from stabletrain.random_keys import random_key
 
 Array = NDArray[np.floating]
 LEVELS = 14
@@ -103,7 +104,7 @@ def judged_points(result: ToyResult) -> tuple[Array, Array]:
     settings = result.settings
     points = held_out_points(settings.toy).astype(settings.dtype)
     count = JUDGED_MODES + JUDGED_DISTANCE
-    key = jax.random.fold_in(jax.random.key(settings.seed), 1)
+    key = jax.random.fold_in(random_key(settings.seed), 1)
     return points[:count], np.asarray(draw_fakes(settings, result.generator, key, jnp.asarray(points[-count:])))
 
 

@@ -22,6 +22,7 @@ from stabletrain.data.order import batch_indices
 from stabletrain.data.spec import Images, ImageSource, Labels
 from stabletrain.metrics.progress import Progress, silent
 from stabletrain.nn.convolution import Convolution
+from stabletrain.random_keys import random_key
 
 FEATURES = 128
 CHUNK = 256
@@ -95,7 +96,7 @@ def fit(
     recipe = recipe or Recipe()
     steps, batch_size = recipe.steps(count), recipe.batch_size(count)
     network = SmallClassifier(num_classes)
-    key = jax.random.key(seed)
+    key = random_key(seed)
     params = network.init(key, jnp.zeros((1, *images.shape), jnp.uint8))
     optimizer = _optimizer(recipe, steps)
     optimizer_state = optimizer.init(params)

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from stabletrain.errors import ConfigError, DataError, nearest
 from stabletrain.metrics.weights import INCEPTION, find_inception, sha256_of
 from stabletrain.nn.torch_file import read_arrays
+from stabletrain.random_keys import random_key
 
 SIZE = 299
 FEATURES = 2048
@@ -290,7 +291,7 @@ COUNTER = "bn.num_batches_tracked"  # of training; no result depends on it
 def parameter_shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path of each parameter -> its shape."""
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    shapes = jax.eval_shape(Inception().init, jax.random.key(0), images)["params"]
+    shapes = jax.eval_shape(Inception().init, random_key(0), images)["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
 
 

@@ -30,6 +30,7 @@ from stabletrain.nnip.stored import (
     progress_line,
     read_potential,
 )
+from stabletrain.random_keys import random_key
 
 CRITERIA = "Criteria"
 
@@ -252,7 +253,7 @@ def _benchmark_at(
     for label, (simulator, params) in simulators.items():
         with progress_line(f"{label} {conditions.temperature:g} K {conditions.timestep:g} fs", quiet) as tick:
             results[label] = benchmark(
-                simulator, params, starts, criteria, observables, reference, length=time, key=jax.random.key(seed),
+                simulator, params, starts, criteria, observables, reference, length=time, key=random_key(seed),
                 tick=tick, reference_weights=weights, trajectory=trajectory,
             )  # fmt: skip
     name = f"{conditions.temperature:g}K-{conditions.timestep:g}fs"

@@ -21,6 +21,7 @@ import numpy as np
 
 from stabletrain.nnip.frames import KCAL_PER_MOL
 from stabletrain.nnip.reference_md import Frame, Settings, State
+from stabletrain.random_keys import random_key
 
 BOND_LENGTH, BOND_CONSTANT = 1.012, 1059.162 * KCAL_PER_MOL  # A, eV / A^2: k / 2 (r - r0)^2
 ANGLE, ANGLE_CONSTANT = np.deg2rad(113.24), 75.90 * KCAL_PER_MOL  # eV / rad^2
@@ -125,7 +126,7 @@ class WaterEngine:
                 return energy, -slope
 
             self._simulator = Simulator(system, conditions, forces=forces)
-            at_rest = self._simulator.start(None, lattice(self.molecules, self.edge, 0)[None], jax.random.key(0))
+            at_rest = self._simulator.start(None, lattice(self.molecules, self.edge, 0)[None], random_key(0))
             self._shape = jax.tree.structure(at_rest)
             with jax.enable_x64(True):
                 self._labels = jax.jit(jax.value_and_grad(make_energy(self.molecules, self.edge)))
@@ -134,7 +135,7 @@ class WaterEngine:
     def start(self, settings: Settings) -> State:
         """The lattice, with Maxwell's velocities."""
         positions = lattice(self.molecules, self.edge, settings.seed)
-        swarm = self._prepared(settings).start(None, positions[None], jax.random.key(settings.seed))
+        swarm = self._prepared(settings).start(None, positions[None], random_key(settings.seed))
         return _as_state(swarm)
 
     def advance(self, settings: Settings, state: State, number: int) -> tuple[State, Frame]:
@@ -142,7 +143,7 @@ class WaterEngine:
         simulator = self._prepared(settings)
         leaves = [jnp.asarray(state[f"leaf_{i}"]) for i in range(len(state))]
         swarm = jax.tree.unflatten(self._shape, leaves)
-        after, frames = simulator.window(None, swarm, jax.random.fold_in(jax.random.key(settings.seed), number + 1))
+        after, frames = simulator.window(None, swarm, jax.random.fold_in(random_key(settings.seed), number + 1))
         position = np.asarray(frames.position[0, -1], np.float64)
         with jax.enable_x64(True):
             energy, slope = self._labels(jnp.asarray(position))

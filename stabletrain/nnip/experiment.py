@@ -23,6 +23,7 @@ from stabletrain.nnip.schedule import Plateau, learning_rate_at, start_plateau, 
 from stabletrain.nnip.stable_experiment import Structures
 from stabletrain.nnip.stable_learning import energy_force_loss
 from stabletrain.nnip.systems import minimum_image
+from stabletrain.random_keys import random_key
 from stabletrain.training.ema import average_decay, start_average, update_average
 from stabletrain.training.experiment import Batch, Evaluation, EvaluationContext, Metrics
 from stabletrain.training.stability import MonitorState, Policy, guarded_update, init_monitor
@@ -108,9 +109,9 @@ class NnipExperiment:
         self.inner_steps = 10
         self.examples_per_step = config.batch_size
         self._base_params = base_params
-        shapes = jax.eval_shape(self.potential.init, jax.random.key(0))
+        shapes = jax.eval_shape(self.potential.init, random_key(0))
         self.parameter_count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
-        self._key = jax.random.key(config.seed)
+        self._key = random_key(config.seed)
         resident = {**self.train.tree(), **{f"validation_{k}": v for k, v in self.validation.tree().items()}}
         self.resident = jax.device_put(resident, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         self._predict = jax.jit(jax.vmap(self.potential.energy_and_forces, (None, 0)))

@@ -31,6 +31,7 @@ from stabletrain.nnip.stored import (
     progress_line,
     read_potential,
 )
+from stabletrain.random_keys import random_key
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +86,7 @@ def simulate_command(
     )  # fmt: skip
     simulator = Simulator(system, conditions, potential=potential)
     folder = out or path / "simulations" / f"{temperature:g}K"
-    key = jax.random.key(seed)
+    key = random_key(seed)
     swarm = simulator.start(stored.params, np.repeat(start[None], replicas, axis=0), jax.random.fold_in(key, 0))
     windows = -(-frames_wanted // per_window)
     masses, freedom = jax.numpy.asarray(system.masses, np.float32), conditions.freedom(system)

@@ -45,6 +45,7 @@ from stabletrain.nnip.stable_learning import (
 )
 from stabletrain.nnip.stable_phases import Plan, Progress, Schedule, Verdict, begin, finish
 from stabletrain.nnip.units import thermal_energy
+from stabletrain.random_keys import random_key
 from stabletrain.training.experiment import Batch, Evaluation, EvaluationContext, Metrics
 from stabletrain.training.stability import MonitorState, Policy, guarded_update, init_monitor
 
@@ -169,7 +170,7 @@ class StableExperiment:
             restart_share=config.restart_share,
             patience=config.plateau_patience,
         )
-        self._key = jax.random.key(config.seed)
+        self._key = random_key(config.seed)
         self._simulator = Simulator(self.system, self.conditions, potential=potential.fitted(train.positions))
         self._bond_lengths = mean_bond_lengths(self.system, train.positions.astype(np.float32))
         self._criteria = self._training_criteria()
@@ -576,7 +577,7 @@ class StableExperiment:
             static_observables(self.system),
             self.test.positions[:REFERENCE_FRAMES].astype(np.float32),
             length=config.benchmark_time,
-            key=jax.random.key(config.seed + 1),
+            key=random_key(config.seed + 1),
             tick=lambda done, total: context.tick(label, done, total),
         )
 

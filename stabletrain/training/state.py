@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stabletrain.random_keys import random_key
 from stabletrain.training.devices import replicated
 from stabletrain.training.experiment import Experiment, State
 
@@ -19,7 +20,7 @@ INIT_STREAM = 0xFFFF_FFFF
 
 def init_key(seed: int) -> jax.Array:
     """The key that `Experiment.init` gets."""
-    return jax.random.fold_in(jax.random.key(seed), INIT_STREAM)
+    return jax.random.fold_in(random_key(seed), INIT_STREAM)
 
 
 def fresh_state(experiment: Experiment) -> State:

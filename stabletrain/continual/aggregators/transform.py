@@ -15,6 +15,7 @@ import optax
 
 from stabletrain.continual.aggregators.elementwise import ElementwiseAggregator, combine_elements
 from stabletrain.continual.aggregators.gram_weights import Aggregator, make_aggregator, weigh
+from stabletrain.random_keys import random_key
 
 Array = jax.Array
 Tree = Any
@@ -62,7 +63,7 @@ def aggregate(
         raise ValueError(f"every leaf must have the tasks as its first axis; first axes here: {sorted(counts)}")
     count = counts.pop()
     mask = jnp.ones(count, bool) if mask is None else mask
-    key = jax.random.key(0) if key is None else key
+    key = random_key(0) if key is None else key
     if isinstance(aggregator, ElementwiseAggregator):
         return combine_elements(aggregator, gradients, mask, key), state
     if aggregator.needs_losses and losses is None:
@@ -108,7 +109,7 @@ def aggregate_tasks(
         **extra: Any,
     ) -> tuple[Tree, AggregateState]:
         del params, extra
-        key = jax.random.fold_in(jax.random.key(seed), state.updates)
+        key = jax.random.fold_in(random_key(seed), state.updates)
         update, remembered = aggregate(
             aggregator, updates, state=state.aggregator, mask=mask, losses=losses, key=key
         )  # fmt: skip

@@ -23,6 +23,7 @@ from stabletrain.gan.networks import NetworkOptions
 from stabletrain.gan.networks.blocks import check_images
 from stabletrain.nn.equalized import EqualizedConvolution, EqualizedDense, activate, unit_second_moment
 from stabletrain.nn.low_pass import blur, upsample
+from stabletrain.random_keys import random_key
 
 Array = jax.Array
 MAPPING_RATE = 0.01
@@ -110,7 +111,7 @@ class StyledConvolution(nn.Module):
         strength = self.param("noise_strength", nn.initializers.zeros_init(), ())
         if constant_noise:
             # Of no key: the same for every sample, call and run. Sizes differ, and so do the two layers of a size.
-            noise = jax.random.normal(jax.random.key(2 * out.shape[1] + self.up), (1, *out.shape[1:3], 1))
+            noise = jax.random.normal(random_key(2 * out.shape[1] + self.up), (1, *out.shape[1:3], 1))
         else:
             noise = jax.random.normal(self.make_rng("noise"), (*out.shape[:3], 1))
         out = out + (strength * noise).astype(out.dtype)
