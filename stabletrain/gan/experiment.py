@@ -37,6 +37,7 @@ from stabletrain.gan.state import (
     optimizer_for,
 )
 from stabletrain.methods.wgan_gp import clip_weights
+from stabletrain.random_keys import key_from_data, random_key
 from stabletrain.training.devices import batch_sharding, compute_dtype, replicated
 from stabletrain.training.ema import start_average, update_average
 from stabletrain.training.experiment import Batch, Evaluation, EvaluationContext, Metrics
@@ -101,14 +102,15 @@ class GanExperiment:
         self.inner_steps = 1 if slow_in_loops else 10
         # Images of 8x8 leave a convolution nothing to lose in a loop of five, and deep critics compile five times
         # faster: 31 s and not minutes for two networks of twenty layers.
-        self._unrolled = slow_in_loops and int(np.prod(self.domain.sample_shape[:2])) > TINY_IMAGE
-        shapes = jax.eval_shape(lambda key: (self.generator.init(key)[0], self.critic.init(key)[0]), jax.random.key(0))
+        tiny = int(np.prod(self.domain.sample_shape[:2])) <= TINY_IMAGE
+        self._unrolled = slow_in_loops and not tiny and not spec.deep
+        shapes = jax.eval_shape(lambda key: (self.generator.init(key)[0], self.critic.init(key)[0]), random_key(0))
         self.generator_parameters, self.critic_parameters = (
             sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) for tree in shapes
         )
         self.parameter_count = self.generator_parameters + self.critic_parameters
         # An argument of the program like the data, not a constant inside it: all seeds share one compiled program.
-        self.resident: dict[str, Any] = {SEED: jax.random.key_data(jax.random.key(config.seed))}
+        self.resident: dict[str, Any] = {SEED: jax.random.key_data(random_key(config.seed))}
         if self._has_data:
             self.resident |= self.domain.resident
         self.resident = jax.device_put(self.resident, replicated(mesh))
@@ -159,7 +161,7 @@ class GanExperiment:
         """`d_steps` updates of the discriminator and one of the generator."""
         position = batch["position"]
         steps = filled(self.config.d_steps)
-        key = jax.random.fold_in(jax.random.wrap_key_data(batch[SEED]), position)
+        key = jax.random.fold_in(key_from_data(batch[SEED]), position)
         resident = {name: batch[name] for name in self.resident}
         inner = {name: value for name, value in batch.items() if name not in resident and name != "position"}
 
@@ -305,7 +307,7 @@ class GanExperiment:
     @functools.cached_property
     def _indicators(self) -> Indicators:
         batch: dict[str, Any] = {**self.domain.batch(0, PROBE_SAMPLES), **self.resident}
-        samples, labels = self.domain.real(batch, jax.random.key(0))
+        samples, labels = self.domain.real(batch, random_key(0))
         classes = probed_classes(self.num_classes)
         rng = np.random.Generator(np.random.Philox(20))
         latents = rng.standard_normal((LATENTS_PER_CLASS, self.generator.z_dim), np.float32)
@@ -322,7 +324,7 @@ class GanExperiment:
         """[len(classes)]: the spread of real samples within each class, from the first thousands of examples."""
         drawn = self.domain.batch(0, min(self.data_spec.train_count, SPREAD_SAMPLES * len(classes) * 2))
         batch: dict[str, Any] = {**drawn, **self.resident}
-        samples, labels = (None if a is None else np.asarray(a) for a in self.domain.real(batch, jax.random.key(0)))
+        samples, labels = (None if a is None else np.asarray(a) for a in self.domain.real(batch, random_key(0)))
         assert samples is not None
         values = []
         for number in classes:

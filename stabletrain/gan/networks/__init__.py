@@ -98,6 +98,8 @@ class NetworkSpec:
     """What differs from `defaults` for images of so many pixels along a side (0: not known yet)."""
     convolutional: bool = True
     """Convolutions inside a loop are slow on a CPU, so inner steps are unrolled there."""
+    deep: bool = False
+    """So many layers that the discriminator's updates in a step stay a loop: unrolled they compile for minutes."""
     styles: bool = False
     """The generator has styles: mixing and path length regularisation are possible."""
     mixes_samples: bool = False
@@ -408,6 +410,7 @@ NETWORKS: dict[str, NetworkSpec] = {
         discriminator=_resnet101_discriminator,
         follows=frozenset({"generator_norm", "discriminator_norm", "scan_blocks", "remat"}),
         defaults={"z_dim": 128, "generator_width": 64, "discriminator_width": 64},
+        deep=True,
         check=_check_resnet101,
     ),
     "wgan-gp-resnet": NetworkSpec(
