@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,27 +26,35 @@ def init_key(seed: int) -> jax.Array:
 
 def fresh_state(experiment: Experiment) -> State:
     """The state before the first step, whole on every device of the experiment's mesh."""
+    init, key = _stored_init(experiment), init_key(experiment.config.seed)
+    everywhere = replicated(experiment.mesh)
     if not experiment.traceable:
-        return jax.device_put(experiment.init(init_key(experiment.config.seed)), replicated(experiment.mesh))
-
-    def init(key: jax.Array) -> State:
-        return jax.tree.map(_strongly_typed, experiment.init(key))
-
-    return jax.jit(init, out_shardings=replicated(experiment.mesh))(init_key(experiment.config.seed))
+        return jax.device_put(init(key), everywhere)
+    return jax.jit(init, out_shardings=everywhere)(key)
 
 
 def abstract_state(experiment: Experiment) -> State:
     """Shapes and types of the state: what a checkpoint is read into. Costs no memory where `init` is traceable."""
     if not experiment.traceable:
         return jax.eval_shape(lambda state: state, fresh_state(experiment))
-    return jax.eval_shape(experiment.init, init_key(experiment.config.seed))
+    return jax.eval_shape(_stored_init(experiment), init_key(experiment.config.seed))
 
 
-def _strongly_typed(leaf: Any) -> jax.Array:
+def _stored_init(experiment: Experiment) -> Callable[[jax.Array], State]:
+    def init(key: jax.Array) -> State:
+        return jax.tree.map(_as_stored, experiment.init(key))
+
+    return init
+
+
+def _as_stored(leaf: Any) -> jax.Array:
     # A weakly typed leaf (a Python number's) comes back from a checkpoint as a strong one, and would compile into
-    # another program: one whose results need not be the same to the bit.
+    # another program: one whose results need not be the same to the bit. A key that the experiment keeps is of JAX's
+    # own kind, which a checkpoint knows and the experiment's other keys may be of.
     leaf = jnp.asarray(leaf)
-    return leaf if is_key(leaf) else jax.lax.convert_element_type(leaf, leaf.dtype)
+    if is_key(leaf):
+        return jax.random.wrap_key_data(jax.random.key_data(leaf), impl="threefry2x32")
+    return jax.lax.convert_element_type(leaf, leaf.dtype)
 
 
 def is_key(leaf: Any) -> bool:
