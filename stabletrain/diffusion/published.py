@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from stabletrain.diffusion.choices import PROCESS_NAMES, PUBLISHED, SKIP_SCALING_NAMES
 from stabletrain.diffusion.config import DiffusionConfig, resolve
 from stabletrain.errors import ConfigError
-from stabletrain.random_keys import random_key
 from stabletrain.training.config import make_config, option
 
 if TYPE_CHECKING:
@@ -119,6 +118,7 @@ def experiment_of(published: Published, devices: int = 1) -> tuple[DiffusionExpe
     import jax
 
     from stabletrain.diffusion.family import build
+    from stabletrain.random_keys import random_key
 
     experiment = build(published.config, mesh=make_mesh(devices, batch), data_spec=published.spec)
     due = jax.eval_shape(experiment.init, random_key(0))

@@ -15,7 +15,6 @@ import typer
 from stabletrain.errors import EXIT_OK, ConfigError, nearest
 from stabletrain.gan.config import GanConfig
 from stabletrain.gan.resolution import resolve
-from stabletrain.random_keys import random_key
 from stabletrain.training.config import make_config
 
 if TYPE_CHECKING:
@@ -114,6 +113,7 @@ def _write_run(
     import jax.numpy as jnp
 
     from stabletrain.gan.family import FAMILY, build
+    from stabletrain.random_keys import random_key
     from stabletrain.training.checkpoints import Checkpoints
     from stabletrain.training.clock import Clock
     from stabletrain.training.run_directory import RunDirectory

@@ -30,7 +30,6 @@ from stabletrain.nnip.stored import (
     progress_line,
     read_potential,
 )
-from stabletrain.random_keys import random_key
 
 CRITERIA = "Criteria"
 
@@ -206,6 +205,7 @@ def _benchmark_at(
     from stabletrain.nnip.criteria import Criteria, Reference, default_thresholds, mean_bond_lengths, reference_extremes
     from stabletrain.nnip.observables import static_observables, temperature_weights
     from stabletrain.nnip.time_observables import ReferenceTrajectory, time_observables
+    from stabletrain.random_keys import random_key
 
     first = subjects[0]
     system = first.potential.system

@@ -31,7 +31,6 @@ from stabletrain.nnip.stored import (
     progress_line,
     read_potential,
 )
-from stabletrain.random_keys import random_key
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +68,7 @@ def simulate_command(
     from stabletrain.nnip.benchmark import Conditions, Simulator
     from stabletrain.nnip.integrators import temperature_of
     from stabletrain.nnip.trajectory import ExtxyzWriter
+    from stabletrain.random_keys import random_key
 
     path = find_run(run)
     known_thermostat(thermostat)
