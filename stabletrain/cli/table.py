@@ -15,6 +15,7 @@ from stabletrain.cli.text import table as text_table
 from stabletrain.errors import EXIT_FAILURE, EXIT_OK, ConfigError
 from stabletrain.runs.engine import FINISHED, Job, job_status, write_study
 from stabletrain.runs.experiments import SCALES, TableSpec, find_tables, read_table
+from stabletrain.runs.kept import KeptTable, check_disjoint, joined_environment, read_kept
 
 EXPERIMENTS, RESULTS = Path("experiments"), Path("results")
 
@@ -39,6 +40,10 @@ def table(
         Path, typer.Option(metavar="DIR", help="Folder of <paper>/<table>/<row>.toml.")
     ] = EXPERIMENTS,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs.")] = Path("runs"),
+    kept: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="FILE.json", help="The same table with other seeds, run elsewhere; joined."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for tables and figures.")] = RESULTS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
@@ -60,11 +65,21 @@ def table(
         _list(experiments, known, scale, chosen, runs, make_engine(workers).workers)
         return EXIT_OK
     specs = [read_table(experiments, each) for each in (known if every else [name or ""])]
+    if kept and len(specs) > 1:
+        raise ConfigError("--with joins one table: name it")
     studies = [(spec, jobs_of(spec, scale, chosen or spec.default_seeds(scale), runs)) for spec in specs]
+    joined = [read_kept(path, specs[0], scale) for path in kept or ()]
+    if joined:
+        from stabletrain.runs.reading import is_run
+
+        elsewhere = frozenset[tuple[str, int]]().union(*(each.runs for each in joined))
+        jobs = [job for job in studies[0][1] if (job.row, job.seed) not in elsewhere or is_run(job.run_dir)]
+        check_disjoint(joined, frozenset((job.row, job.seed) for job in jobs if is_run(job.run_dir)))
+        studies = [(specs[0], jobs)]
     code = EXIT_OK
     if run:
         code = _run_missing(studies, scale, workers, quiet=quiet)
-    documents = [_render(spec, scale, jobs, out, show=not as_json) for spec, jobs in studies]
+    documents = [_render(spec, scale, jobs, joined, out, show=not as_json) for spec, jobs in studies]
     if as_json:
         print_json({"run_dir": runs, "status": "done" if code == EXIT_OK else "failed", "step": 0, "metrics": {}}
                    | {"tables": documents})  # fmt: skip
@@ -132,7 +147,9 @@ def _run_missing(studies: list[tuple[TableSpec, list[Job]]], scale: str, workers
     return EXIT_FAILURE if failed else EXIT_OK
 
 
-def _render(spec: TableSpec, scale: str, jobs: Sequence[Job], out: Path, *, show: bool) -> dict:
+def _render(
+    spec: TableSpec, scale: str, jobs: Sequence[Job], kept: Sequence[KeptTable], out: Path, *, show: bool
+) -> dict:
     """Writes the table in every format and its figures; returns the JSON document."""
     import json
 
@@ -145,12 +162,14 @@ def _render(spec: TableSpec, scale: str, jobs: Sequence[Job], out: Path, *, show
         row.key: [read_run(job.run_dir) for job in jobs if job.row == row.key and is_run(job.run_dir)]
         for row in spec.rows
     }
-    built = build_table(spec, scale, runs, sorted({job.seed for job in jobs}))
+    seeds = {job.seed for job in jobs} | {seed for table in kept for _, seed in table.runs}
+    built = build_table(spec, scale, runs, sorted(seeds), kept)
     base = out / scale / spec.name
     base.parent.mkdir(parents=True, exist_ok=True)
     rendered = {ending: renderer(built) for ending, renderer in RENDERERS.items()}
+    here = environment_of([run for each in runs.values() for run in each])
     document = json.loads(rendered["json"]) | {
-        "environment": environment_of([run for each in runs.values() for run in each])
+        "environment": joined_environment([here, *(table.environment for table in kept)])
     }
     rendered["json"] = json.dumps(document, indent=2) + "\n"
     written = []

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from stabletrain.runs.experiments import Column, PaperValue, Row, TableSpec
+from stabletrain.runs.kept import KeptTable
 from stabletrain.runs.reading import RunData
 from stabletrain.runs.statistics import PairedDifference, Summary, paired_difference, reduce_curve, summarize
 
@@ -89,14 +91,26 @@ def score(run: RunData, column: Column) -> float:
     return reduce_curve(steps.tolist(), values.tolist(), column.reduce, start=column.start, mode=column.mode)
 
 
-def build_table(spec: TableSpec, scale: str, runs: Mapping[str, Sequence[RunData]], seeds: Sequence[int]) -> Table:
-    """The table at one scale from the runs of each row (`runs[row.key]`, in any order, any number missing)."""
+def build_table(
+    spec: TableSpec,
+    scale: str,
+    runs: Mapping[str, Sequence[RunData]],
+    seeds: Sequence[int],
+    kept: Sequence[KeptTable] = (),
+) -> Table:
+    """The table at one scale from the runs of each row (`runs[row.key]`, in any order, any number missing).
+
+    `kept` are tables of other machines, which have none of the runs.
+    """
     columns = spec.columns[scale]
     rows = tuple(row for row in spec.rows if scale in row.scales)
     scores = {
         (row.key, column.label): np.array(
             [
-                next((score(run, column) for run in runs.get(row.key, ()) if run.seed == seed), float("nan"))
+                next(
+                    (score(run, column) for run in runs.get(row.key, ()) if run.seed == seed),
+                    _kept_value(kept, (row.key, column.label), seed),
+                )
                 for seed in seeds
             ]
         )
@@ -108,15 +122,18 @@ def build_table(spec: TableSpec, scale: str, runs: Mapping[str, Sequence[RunData
         of_row = runs.get(row.key, ())
         for column in columns:
             own = scores[row.key, column.label]
+            elsewhere = Counter[str]()
+            for each in kept:
+                elsewhere.update(each.counts[row.key, column.label])
             paired = None
             if row.baseline and row.baseline != row.key and (row.baseline, column.label) in scores:
                 paired = paired_difference(own, scores[row.baseline, column.label])
             cells[row.key, column.label] = Cell(
                 summary=summarize(own),
                 rank=None,
-                diverged=sum(run.diverged for run in of_row if run.seed in seeds),
-                rescued=sum(bool(run.interventions) for run in of_row if run.seed in seeds),
-                never=int(np.isinf(own).sum()),
+                diverged=sum(run.diverged for run in of_row if run.seed in seeds) + elsewhere["diverged"],
+                rescued=sum(bool(run.interventions) for run in of_row if run.seed in seeds) + elsewhere["rescued"],
+                never=int(np.isinf(own).sum()) + elsewhere["never"],
                 paired=paired,
                 paper=row.values.get(column.paper),
                 values=dict(zip(seeds, own.tolist())),
@@ -126,6 +143,10 @@ def build_table(spec: TableSpec, scale: str, runs: Mapping[str, Sequence[RunData
         for group in {row.group for row in rows}:
             _rank([row for row in rows if row.group == group], column, cells)
     return Table(spec, scale, columns, rows, cells, len(seeds))
+
+
+def _kept_value(kept: Sequence[KeptTable], cell: tuple[str, str], seed: int) -> float:
+    return next((table.values[cell][seed] for table in kept if seed in table.values[cell]), float("nan"))
 
 
 def _rank(rows: Sequence[Row], column: Column, cells: dict[tuple[str, str], Cell]) -> None:

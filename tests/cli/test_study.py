@@ -155,6 +155,17 @@ def test_a_table_from_nothing_and_again_after_a_loss(command: Command, engine: N
     assert [name for name in before if before[name] != after[name]] == ["green-s1/status.json"]
     assert json.loads((results / "toy.json").read_text())["cells"] == first["cells"]
 
+    elsewhere = experiments / "elsewhere.json"
+    shutil.copy(results / "toy.json", elsewhere)
+    said = command("table", "paper/toy", "--seeds", "0-1", "--with", str(elsewhere))
+    assert said.code == 2
+    assert "there twice" in said.err
+    shutil.rmtree(folder)
+    said = command("table", "paper/toy", "--seeds", "0-1", "--with", str(elsewhere), "--run")
+    assert said.code == 0, said.err
+    assert "0 of 0 runs missing" in said.err
+    assert json.loads((results / "toy.json").read_text()) == json.loads(elsewhere.read_text())
+
     said = command("table", "--reproducibility", "REPRODUCIBILITY.md")
     assert said.code == 0
     page = (experiments / "REPRODUCIBILITY.md").read_text()

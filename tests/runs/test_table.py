@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from stabletrain.errors import ConfigError
+from stabletrain.errors import ConfigError, DataError
 from stabletrain.runs.experiments import TableSpec, find_tables, read_table
+from stabletrain.runs.kept import check_disjoint, joined_environment, read_kept
 from stabletrain.runs.reading import RunData, read_run
 from stabletrain.runs.table import Table, build_table, to_csv, to_json, to_latex, to_markdown
 from tests.runs.written import write_run
@@ -133,6 +134,65 @@ def test_the_json_holds_the_number_of_each_seed(table: Table) -> None:
     assert cells["none", "score"] == {"0": 0.5, "1": 0.6, "2": 0.7}
     assert cells["ls", "score"] == {"0": 0.2, "1": None, "2": 0.5}
     assert "values" not in next(iter(csv.DictReader(io.StringIO(to_csv(table)))))
+
+
+@pytest.fixture
+def kept_file(root: Path, tmp_path: Path) -> Path:
+    """The table of `table`, as its JSON."""
+    spec = read_table(root, "paper/main")
+    finals = {"none": [0.5, 0.6, 0.7], "cs": [0.3, 0.4, 0.5], "ls": [0.2, None, 0.5]}
+    built = build_table(spec, "small", runs(tmp_path, finals), range(3))
+    environment = {"runs": 9, "first": "2026-01-01", "last": "2026-01-03", "wall_seconds": 5.0, "devices": ["cpu"]}
+    path = tmp_path / "elsewhere.json"
+    path.write_text(json.dumps(json.loads(to_json(built)) | {"environment": {**environment, "versions": {}}}))
+    return path
+
+
+def test_seeds_of_another_machine_stand_beside_the_runs_here(root: Path, tmp_path: Path, kept_file: Path) -> None:
+    """Joined, the table is the one of all its runs in one place."""
+    spec = read_table(root, "paper/main")
+    every = {"none": [0.5, 0.6, 0.7, 0.9], "cs": [0.3, 0.4, 0.5, 0.8], "ls": [0.2, None, 0.5, None]}
+    expected = build_table(spec, "small", runs(tmp_path / "all", every), range(4))
+    here = {row: [run for run in found if run.seed == 3] for row, found in runs(tmp_path / "four", every).items()}
+    kept = read_kept(kept_file, spec, "small")
+    joined = build_table(spec, "small", here, range(4), [kept])
+    assert json.loads(to_json(joined)) == json.loads(to_json(expected))
+    assert joined.complete
+    assert cell(joined, "ls").diverged == 2
+    assert kept.runs == {(row, seed) for row in every for seed in range(3)}
+    check_disjoint([kept], frozenset({("cs", 3)}))
+    with pytest.raises(ConfigError, match="seed 1 of cs is there twice"):
+        check_disjoint([kept], frozenset({("cs", 1)}))
+
+
+def test_environments_are_joined() -> None:
+    one = {"runs": 2, "first": "2026-01-02", "last": "2026-01-03", "wall_seconds": 5.0, "devices": ["cpu"]}
+    two = {"runs": 1, "first": "2026-01-01", "last": "2026-01-04", "wall_seconds": 1.5, "devices": ["gpu"]}
+    assert joined_environment([one | {"versions": {"jax": "1"}}, {}, two | {"versions": {"jax": "2"}}]) == {
+        "runs": 3,
+        "first": "2026-01-01",
+        "last": "2026-01-04",
+        "wall_seconds": 6.5,
+        "devices": ["cpu", "gpu"],
+        "versions": {"jax": "2"},
+    }
+    assert joined_environment([{}]) == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"complete": true', '"complete": false', "is not complete"),
+        ('"scale": "small"', '"scale": "paper"', "at paper scale, not paper/main at small"),
+        ('"column": "score"', '"column": "points"', "differ in their rows or columns"),
+        ('"cells"', '"cell"', "is no table written by"),
+        ("{", "", "is no table written by"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_not_joined(root: Path, kept_file: Path, old: str, new: str, message: str) -> None:
+    kept_file.write_text(kept_file.read_text().replace(old, new, 1))
+    with pytest.raises(DataError, match=message):
+        read_kept(kept_file, read_table(root, "paper/main"), "small")
 
 
 def test_a_row_can_name_the_row_that_it_starts_from(root: Path) -> None:
