@@ -160,7 +160,10 @@ def _columns(path: Path, entries: Mapping[str, Any] | list[Any], scale: str) -> 
 
     chosen = entries if isinstance(entries, list) else entries.get(scale, [])
     columns = tuple(Column(**entry) for entry in chosen)
+    labels = [column.label for column in columns]
     for column in columns:
+        if labels.count(column.label) > 1:
+            raise ConfigError(f"{path}: two columns are called {column.label!r}: a label names its column")
         if column.reduce not in REDUCTIONS and not re.fullmatch(r"steps-to:[-+.\deE]+", column.reduce):
             raise ConfigError(f"{path}: unknown reduction {column.reduce!r}: {nearest(column.reduce, REDUCTIONS)}")
     return columns

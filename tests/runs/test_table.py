@@ -263,6 +263,7 @@ def test_find_tables(root: Path) -> None:
     [
         ("table.toml", 'title = "A test"', 'titel = "A test"', "titel.*title"),
         ("table.toml", "steps-to:0.4", "steps-two:0.4", "unknown reduction"),
+        ("table.toml", "steps to 0.4", "score", "two columns are called 'score'"),
         ("cs.toml", 'baseline = "none"', 'baseline = "nonne"', "nonne.*none"),
         ("cs.toml", "[row]", "[rows]", "needs `family` and a table"),
         ("cs.toml", "order = 2", "older = 2", "older.*order"),
