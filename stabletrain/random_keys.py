@@ -1,7 +1,7 @@
 """Random keys whose numbers are JAX's own (threefry 2x32), drawn along one axis: far cheaper to compile and to run.
 
-XLA's CPU backend takes two to three seconds to compile a single draw of an array with four axes and runs it element
-by element; the same numbers along one axis, reshaped, compile in a fraction of that and run several times as fast.
+XLA's CPU backend compiles a draw of an array with four axes several times as long as the same numbers along one axis,
+reshaped, and draws noise for a batch of images half as fast (`benchmarks/random_draws.py`).
 Every key of this program is made here. A key of `jax.random.key` gives the same numbers wherever one is asked for.
 """
 
