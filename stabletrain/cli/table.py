@@ -51,6 +51,8 @@ def table(
     """Render a paper's table from its runs: mean, deviation, paired differences, the paper's number beside ours."""
     if scale not in SCALES:
         raise ConfigError(f"unknown scale {scale!r}: {' or '.join(SCALES)}")
+    if kept and (reproducibility is not None or list_only or every or name is None):
+        raise ConfigError("--with joins seeds to one table: name it, without --all, --list or --reproducibility")
     if reproducibility is not None:
         from stabletrain.runs.reproducibility import write_summary
 
@@ -65,8 +67,6 @@ def table(
         _list(experiments, known, scale, chosen, runs, make_engine(workers).workers)
         return EXIT_OK
     specs = [read_table(experiments, each) for each in (known if every else [name or ""])]
-    if kept and len(specs) > 1:
-        raise ConfigError("--with joins one table: name it")
     studies = [(spec, jobs_of(spec, scale, chosen or spec.default_seeds(scale), runs)) for spec in specs]
     joined = [read_kept(path, specs[0], scale) for path in kept or ()]
     if joined:

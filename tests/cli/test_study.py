@@ -160,6 +160,8 @@ def test_a_table_from_nothing_and_again_after_a_loss(command: Command, engine: N
     said = command("table", "paper/toy", "--seeds", "0-1", "--with", str(elsewhere))
     assert said.code == 2
     assert "there twice" in said.err
+    for other in ("--list", "--all"):
+        assert "joins seeds to one table" in command("table", other, "--with", str(elsewhere)).err
     shutil.rmtree(folder)
     said = command("table", "paper/toy", "--seeds", "0-1", "--with", str(elsewhere), "--run")
     assert said.code == 0, said.err
