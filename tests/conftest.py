@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from stabletrain import xla_settings
+
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
@@ -33,6 +35,7 @@ if not AS_FOR_USERS:
     quick_flags = QUICK_XLA.get(importlib.metadata.version("jaxlib"), "")
     if quick_flags not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick_flags}".strip()
+xla_settings.apply()
 # JAX makes many objects and few cycles: a tenth of the time would go into looking for them.
 gc.set_threshold(100_000, 50, 100)
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from stabletrain import xla_settings
 from stabletrain.cli.text import print_json, size
 from stabletrain.cli.train import RUNS
 from stabletrain.errors import EXIT_FAILURE, EXIT_OK
@@ -195,8 +196,10 @@ def _network() -> Iterator[Finding]:
 
 
 def _environment() -> Iterator[Finding]:
-    named = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID")
+    named = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID")
     given = [f"{name}={os.environ[name]}" for name in named if name in os.environ]
+    if flags := xla_settings.flags_of_the_user():
+        given = [f"XLA_FLAGS={flags}", *given]
     if given:
         yield Finding("environment", NOTE, ", ".join(given))
     if os.environ.get("JAX_ENABLE_X64", "").lower() in ("1", "true"):

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from stabletrain import __version__, compiler_logs
+from stabletrain import __version__, xla_settings
 from stabletrain.cli import compare, data, doctor, export, resume, runs, sample, table, tensorboard, weights
 from stabletrain.cli.families import all_families
 from stabletrain.cli.help import SETTINGS, PanelCommand, PanelGroup, help_if_alone
@@ -109,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
     With `--debug` errors come with their traceback; with `--json` also as a document on stdout.
     """
     debug, as_json = "--debug" in arguments, "--json" in arguments
-    compiler_logs.silence()
+    xla_settings.apply()
     _arrange_logging(debug=debug)
     try:
         given = [argument for argument in arguments if argument != "--debug"]

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stabletrain import compiler_logs
+from stabletrain import xla_settings
 
-compiler_logs.silence()  # before JAX is imported; programs of other processors are kept apart below
+xla_settings.apply()  # before JAX is imported
 
 import jax
 import jax.numpy as jnp

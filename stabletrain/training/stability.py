@@ -28,6 +28,7 @@ next to nothing and a branch makes the host wait, they are measured at every ste
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ from flax import struct
 from jax import lax
 
 from stabletrain.training.config import TrainConfig
+from stabletrain.training.robust_level import level_and_scale, masked_median
+from stabletrain.training.tensor_norms import group_names, group_norms, leaf_names, sums_of_squares
 
 Array = jax.Array
 Params = Any
@@ -90,7 +93,6 @@ MONITOR_VECTORS = ("nonfinite_gradients", "nonfinite_params")
 MEASURE_EVERY = 8
 """Steps between two estimates of the thresholds, and between two measurements of updates and parameters on CPU."""
 
-MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution is sigma / 1.4826
 LOSS_SCALE_FLOOR = 0.02  # of the level: at threshold 8 a loss without noise may still wander by 16 %
 LOG_NORM_SCALE_FLOOR = 0.1  # at threshold 8 a gradient norm must exceed exp(0.8) = 2.2 times its level
 LOST_SCALES = 10.0  # a loss that has left is at least this many scales above its best level, and ...
@@ -183,24 +185,7 @@ class GuardedUpdate:
         return jax.tree.map(lambda a, b: jnp.where(self.applied, a, b), new, old)
 
 
-# --- names ----------------------------------------------------------------------------------------------------
-
-
-def leaf_names(params: Params) -> tuple[str, ...]:
-    """Names such as `down_0/conv/kernel`, in the order of `jax.tree.leaves`."""
-    return tuple("/".join(_key(k) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
-
-
-def group_names(params: Params) -> tuple[str, ...]:
-    """The parameter groups: the first key of each parameter's path, each once, in the order of the leaves."""
-    return tuple(dict.fromkeys(name.split("/")[0] for name in leaf_names(params)))
-
-
-def _key(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
+# --- what is in a state and in its metrics ----------------------------------------------------------------------
 
 
 def monitors_of(state: Any) -> dict[str, MonitorState]:
@@ -242,73 +227,6 @@ def nonfinite_tensors(metrics: Mapping[str, Any], names: Mapping[str, Sequence[s
 def merge_inner_metrics(metrics: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """One step's metrics from those of its inner updates (a critic's): the largest of each, so no flag is lost."""
     return {name: jnp.max(jnp.stack([m[name] for m in metrics]), axis=0) for name in metrics[0]}
-
-
-# --- norms ----------------------------------------------------------------------------------------------------
-
-_LANES = 256
-
-
-def _squares(tree: Params) -> Array:
-    """float32 sums of squares of the leaves, [leaves].
-
-    Not finite where an entry is not finite, or beyond about 1e19, which is as good as lost. Partial sums run along a
-    leading axis: that vectorises on CPU, where one long sum is a chain of dependent additions.
-    """
-
-    def partial_sums(leaf: Array) -> Array:
-        flat = leaf.astype(jnp.float32).reshape(-1)
-        whole = flat.size // _LANES * _LANES
-        rest = jnp.square(jnp.pad(flat[whole:], (0, _LANES - (flat.size - whole))))
-        if not whole:
-            return rest
-        sums = jnp.sum(jnp.square(flat[:whole].reshape(-1, _LANES)), axis=0)
-        return sums if whole == flat.size else sums + rest
-
-    squares = jnp.sum(jnp.stack([partial_sums(leaf) for leaf in jax.tree.leaves(tree)]), axis=-1)
-    # Without the barrier a sum over leaves is merged with the sums within them, and all is summed twice.
-    return lax.optimization_barrier(squares)
-
-
-def _group_norms(squares: Array, names: Sequence[str]) -> Array:
-    """[..., leaves] -> [..., groups]. A sum with a mask, not a matrix product: 0 x inf would spoil every group."""
-    groups = [name.split("/")[0] for name in names]
-    member = jnp.array([[group == other for other in dict.fromkeys(groups)] for group in groups])  # (leaves, groups)
-    return jnp.sqrt(jnp.sum(jnp.where(member, squares[..., None], 0.0), axis=-2))
-
-
-def norms_by_group(tree: Params) -> dict[str, Array]:
-    """The float32 norm of each group of `group_names(tree)`."""
-    norms = _group_norms(_squares(tree), leaf_names(tree))
-    return {group: norms[i] for i, group in enumerate(group_names(tree))}
-
-
-# --- the level of a noisy, drifting quantity ------------------------------------------------------------------
-
-
-def masked_median(values: Array, count: Array) -> Array:
-    """Median along the last axis of the last `count` entries (at least one). `values` [..., W], `count` [...] or []."""
-    size = values.shape[-1]
-    count = jnp.broadcast_to(count, values.shape[:-1])[..., None]
-    ordered = jnp.sort(jnp.where(jnp.arange(size) >= size - count, values, jnp.inf), axis=-1)
-    middle = jnp.concatenate([(count - 1) // 2, count // 2], axis=-1)  # (..., 2)
-    return jnp.mean(jnp.take_along_axis(ordered, middle, axis=-1), axis=-1)
-
-
-def level_and_scale(window: Array, count: Array) -> tuple[Array, Array]:
-    """Where the next value should be and how far it may stray: a robust line through the last `count` values.
-
-    Shapes: `window` [..., W] -> two arrays [...]. The slope is the median rise between points half a window apart
-    (Theil and Sen's estimate over W/2 pairs); it is zero until the window is full.
-    """
-    size = window.shape[-1]
-    half = size // 2
-    rises = window[..., half : 2 * half] - window[..., :half]
-    slope = jnp.where(count >= size, masked_median(rises, jnp.asarray(half)) / half, 0.0)
-    age = jnp.arange(size, dtype=window.dtype) - (size - 1)  # 0 for the newest
-    flat = window - slope[..., None] * age
-    level = masked_median(flat, count)
-    return level, MAD_TO_SIGMA * masked_median(jnp.abs(flat - level[..., None]), count)
 
 
 # --- the monitor ----------------------------------------------------------------------------------------------
@@ -358,195 +276,273 @@ def guarded_update(
             f"the monitor of prefix {monitor.prefix!r} and {len(monitor.leaf_names)} tensors does not fit the "
             f"{len(names)} tensors of prefix {prefix!r}: give init_monitor and guarded_update the same"
         )
-    loss = loss.astype(jnp.float32)
-    gradient_squares = _squares(gradients)  # (leaves,)
+    gradient_squares = sums_of_squares(gradients)  # (leaves,)
+    once = jnp.minimum(monitor.clock("steps") + 1, 1)  # the compiler cannot know that no count is negative
+    seen = _in_one_kernel(
+        functools.partial(_look, policy=policy),
+        (monitor, loss.astype(jnp.float32), gradient_squares),
+        once=once,
+    )
+    if policy.on_spike == "clip":
+        gradients = jax.tree.map(lambda g: g * seen.clip_factor.astype(g.dtype), gradients)
+    measured, squares, gradients = _measured(optimizer, gradients, params, optimizer_state, seen.measure)
+    monitor, verdict = _in_one_kernel(
+        functools.partial(_remember, policy=policy),
+        (monitor, seen, measured, squares),
+        once=once,
+    )
+
+    updates, new_optimizer_state = optimizer.update(gradients, optimizer_state, params)
+    new_params = optax.apply_updates(params, updates)
+    new_params, new_optimizer_state = jax.tree.map(
+        lambda old, new: jnp.where(verdict.held_back, old, new),
+        (params, optimizer_state),
+        (new_params, new_optimizer_state),
+    )
+
+    levels, steps_far, blowup = lax.cond(
+        verdict.refresh,
+        lambda: _new_levels(monitor, policy),
+        lambda: (monitor.levels, monitor.clock("steps_far"), jnp.zeros((), bool)),
+    )
+    monitor, report = _in_one_kernel(
+        functools.partial(_conclude, policy=policy),
+        (monitor, seen, verdict, squares, levels, steps_far, blowup),
+        once=once,
+    )
+    # In the order of the vectors that they come from, so that packing them again is one copy per vector.
+    metrics = {f"{STABILITY_PREFIX}{prefix}grad_norm": seen.norm}
+    for quantity, vector in report.by_group.items():
+        for i, group in enumerate(group_names(params)):
+            metrics[f"{STABILITY_PREFIX}{prefix}{quantity}/{group}"] = vector[i]
+    start = f"{MONITOR_PREFIX}{prefix}"
+    for labels, vector in ((MONITOR_FLAGS, report.flags), (MONITOR_VALUES, report.values)):
+        metrics |= {start + label: vector[i] for i, label in enumerate(labels)}
+    metrics |= {start + label: report.by_leaf[i] for i, label in enumerate(MONITOR_VECTORS)}
+    metrics |= {start + label: report.counters[i] for i, label in enumerate(MONITOR_COUNTERS)}
+    return GuardedUpdate(new_params, new_optimizer_state, monitor, metrics, ~verdict.held_back)
+
+
+# --- the parts of a step --------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class _Seen:
+    """What loss and gradient say, before the update."""
+
+    loss: Array
+    norm: Array
+    log_norm: Array
+    limits: Array  # [2]: of the loss and of the logarithm of the norm
+    gradient_squares: Array  # [leaves]
+    spikes: Array  # bool [2]: of the loss, of the norm
+    spike: Array  # bool []
+    measurable: Array  # bool []: both are finite
+    clip_factor: Array
+    hold: Array  # bool []
+    measure: Array  # bool []: whether updates and parameters are to be measured
+
+
+@struct.dataclass
+class _Verdict:
+    """What is done about it; `flags` are the first of `MONITOR_FLAGS`, those that are known by now."""
+
+    held_back: Array  # bool []
+    flags: dict[str, Array]
+    refresh: Array  # bool []: whether the levels are due
+
+
+@struct.dataclass
+class _Report:
+    """What the metrics show, as float32 vectors."""
+
+    by_group: dict[str, Array]  # of [groups]
+    flags: Array  # [MONITOR_FLAGS]
+    values: Array  # [MONITOR_VALUES]
+    counters: Array  # [MONITOR_COUNTERS]
+    by_leaf: tuple[Array, ...]  # MONITOR_VECTORS of [leaves]
+
+
+def _look(monitor: MonitorState, loss: Array, gradient_squares: Array, policy: Policy) -> _Seen:
+    """Whether this step is a spike or not finite, and what that asks for."""
     norm = jnp.sqrt(jnp.sum(gradient_squares))
     log_norm = jnp.log(jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
-    observed = jnp.stack([loss, log_norm])
     limits = monitor.thresholds(policy)
-
     measurable = jnp.isfinite(loss) & jnp.isfinite(norm)
-    spikes = measurable & (observed > limits)
+    spikes = measurable & (jnp.stack([loss, log_norm]) > limits)
     spike = spikes[0] | spikes[1]
-
     clip_factor = jnp.ones((), jnp.float32)
     if policy.on_spike == "clip":
         clip_factor = jnp.where(spike, jnp.minimum(1.0, jnp.exp(monitor.levels[1] - log_norm)), 1.0)
-        gradients = jax.tree.map(lambda g: g * clip_factor.astype(g.dtype), gradients)
-
     hold = jnp.zeros((), bool)
     if policy.on_nonfinite != "log":
         hold = hold | ~measurable
     if policy.on_spike in ("skip", "rollback", "stop"):
         hold = hold | spike
     step = monitor.clock("steps") + 1
-    measure = spike | (step % MEASURE_EVERY == 0) | (step % policy.log_every == 0) | (step == 1)
-    new_params, new_optimizer_state, squares, measured = _update(
-        optimizer, gradients, params, optimizer_state, hold=hold, measure=measure, policy=policy
+    due = spike | (step % MEASURE_EVERY == 0) | (step % policy.log_every == 0) | (step == 1)
+    return _Seen(
+        loss=loss,
+        norm=norm,
+        log_norm=log_norm,
+        limits=limits,
+        gradient_squares=gradient_squares,
+        spikes=spikes,
+        spike=spike,
+        measurable=measurable,
+        clip_factor=clip_factor,
+        hold=hold,
+        measure=due & ~hold if jax.default_backend() == "cpu" else ~hold,
     )
 
-    nonfinite_params = ~jnp.isfinite(squares[0] + squares[1])  # (leaves,)
-    nonfinite_after = jnp.any(nonfinite_params)
-    nonfinite = ~measurable | nonfinite_after
-    clipped = spike & ~nonfinite & (clip_factor < 1.0)
-    held_back = hold | (nonfinite_after if policy.on_nonfinite != "log" else False)
-    skips_nonfinite = policy.on_nonfinite in ("skip", "clip")
-    skipped = held_back & jnp.where(nonfinite, skips_nonfinite, policy.on_spike == "skip")
-    held = held_back & ~skipped
 
-    norms = jnp.where(measured & ~nonfinite, _group_norms(squares, names), monitor.norms)
-    flags = {
-        "spike": spike,
-        "loss_spike": spikes[0],
-        "gradient_spike": spikes[1],
-        "nonfinite": nonfinite,
-        "nonfinite_loss": ~jnp.isfinite(loss),
-        "skipped": skipped,
-        "clipped": clipped,
-        "held": held,
-    }
-    monitor = dataclasses.replace(monitor, norms=norms)
-    monitor, stacked = _in_one_kernel(
-        lambda: _remember(monitor, observed, flags, policy),
-        (monitor, jnp.zeros((len(MONITOR_FLAGS),), bool)),
-        once=jnp.minimum(step, 1),
-    )
-    flags = {name: stacked[i] for i, name in enumerate(MONITOR_FLAGS)}
+def _measured(
+    optimizer: optax.GradientTransformation, gradients: Params, params: Params, optimizer_state: Any, measure: Array
+) -> tuple[Array, Array, Params]:
+    """(`measure`, sums of squares [2, leaves] of updates and parameters, 0 unless measured; the gradients).
 
-    group_norms = _group_norms(gradient_squares, names)
-    update_norms = jnp.where(held_back, 0.0, norms[0])
-    ratios = update_norms / jnp.maximum(norms[1], jnp.finfo(jnp.float32).tiny)
-    values = {
-        "loss": loss,
-        "loss_level": monitor.levels[0],
-        "loss_threshold": limits[0],
-        "gradient_level": jnp.exp(monitor.levels[1]),
-        "gradient_threshold": jnp.exp(limits[1]),
-        "clip_factor": clip_factor,
-        "steps_far": monitor.clock("steps_far"),
-        "nonfinite_gradients": ~jnp.isfinite(gradient_squares),
-        "nonfinite_params": nonfinite_params,
-        **{name: monitor.count(name) for name in MONITOR_COUNTERS},
-    }
-    # In the order of the vectors that they come from, so that packing them again is one copy per vector.
-    metrics = {f"{STABILITY_PREFIX}{prefix}grad_norm": norm}
-    per_group = {
-        "grad_norm": group_norms,
-        "update_norm": update_norms,
-        "param_norm": norms[1],
-        "update_ratio": ratios,
-    }
-    for quantity, vector in per_group.items():
-        for i, group in enumerate(group_names(params)):
-            metrics[f"{STABILITY_PREFIX}{prefix}{quantity}/{group}"] = vector[i]
-    metrics |= {f"{MONITOR_PREFIX}{prefix}{name}": value for name, value in (flags | values).items()}
-    return GuardedUpdate(new_params, new_optimizer_state, monitor, metrics, ~held_back)
-
-
-def _update(
-    optimizer: optax.GradientTransformation,
-    gradients: Params,
-    params: Params,
-    optimizer_state: Any,
-    *,
-    hold: Array,
-    measure: Array,
-    policy: Policy,
-) -> tuple[Params, Any, Array, Array]:
-    """(parameters, optimiser state, squares [2, leaves] of updates and parameters, whether those were measured).
-
-    An unmeasured step has squares 0. One that turns out not to be finite is dropped unless the policy is `log`.
+    On CPU only this is in a branch, and it works the updates out for itself: to update within a branch takes longer
+    than to select outside of it. The gradients come back behind a barrier, so that it happens while the old parameters
+    are still there.
     """
 
-    def apply(measured: bool) -> tuple[Params, Any, Array]:
-        updates, new_state = optimizer.update(gradients, optimizer_state, params)
-        new_params = optax.apply_updates(params, updates)
-        if not measured:
-            return new_params, new_state, unmeasured
-        squares = jnp.stack([_squares(updates), _squares(params)])
-        if policy.on_nonfinite != "log":
-            finite = jnp.all(jnp.isfinite(squares))
-            new_params, new_state = _select(finite, (new_params, new_state), (params, optimizer_state))
-        return new_params, new_state, squares
+    def squares_of_both() -> Array:
+        updates, _ = optimizer.update(gradients, optimizer_state, params)
+        return jnp.stack([sums_of_squares(updates), sums_of_squares(params)])
 
-    unmeasured = jnp.zeros((2, len(jax.tree.leaves(params))), jnp.float32)
-    if jax.default_backend() == "cpu":
-        branches = (lambda: (params, optimizer_state, unmeasured), lambda: apply(False), lambda: apply(True))
-        index = jnp.where(hold, 0, jnp.where(measure, 2, 1))
-        return *lax.switch(index, branches), measure & ~hold
-    new_params, new_state, squares = apply(True)
-    new_params, new_state = _select(hold, (params, optimizer_state), (new_params, new_state))
-    return new_params, new_state, jnp.where(hold, 0.0, squares), ~hold
-
-
-def _select(condition: Array, chosen: Any, other: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
+    if jax.default_backend() != "cpu":
+        return measure, jnp.where(measure, squares_of_both(), 0.0), gradients
+    nothing = jnp.zeros((2, len(jax.tree.leaves(params))), jnp.float32)
+    squares = lax.cond(measure, squares_of_both, lambda: nothing)
+    gradients, squares = lax.optimization_barrier((gradients, squares))
+    return measure, squares, gradients
 
 
 def _remember(
-    monitor: MonitorState, observed: Array, flags: dict[str, Array], policy: Policy
-) -> tuple[MonitorState, Array]:
-    """The monitor after a step, and all of `MONITOR_FLAGS`, some of which are known only now."""
-    measurable = jnp.all(jnp.isfinite(observed))
-    accept = measurable & ~flags["spike"]
-    steps = monitor.clock("steps") + 1
+    monitor: MonitorState, seen: _Seen, measured: Array, squares: Array, policy: Policy
+) -> tuple[MonitorState, _Verdict]:
+    """The monitor after a step but for its levels and counters, and the verdict."""
+    nonfinite_update = jnp.any(~jnp.isfinite(squares))
+    nonfinite = ~seen.measurable | nonfinite_update
+    clipped = seen.spike & ~nonfinite & (seen.clip_factor < 1.0)
+    held_back = seen.hold | (nonfinite_update if policy.on_nonfinite != "log" else False)
+    skips_nonfinite = jnp.asarray(policy.on_nonfinite in ("skip", "clip"))
+    skipped = held_back & jnp.where(nonfinite, skips_nonfinite, policy.on_spike == "skip")
+    flags = {
+        "spike": seen.spike,
+        "loss_spike": seen.spikes[0],
+        "gradient_spike": seen.spikes[1],
+        "nonfinite": nonfinite,
+        "nonfinite_loss": ~jnp.isfinite(seen.loss),
+        "skipped": skipped,
+        "clipped": clipped,
+        "held": held_back & ~skipped,
+    }
 
-    seen = jnp.append(observed, flags["spike"].astype(jnp.float32))
-    recent = jnp.where(measurable, _push(monitor.recent, seen), monitor.recent)
+    observed = jnp.stack([seen.loss, seen.log_norm])
+    accept = seen.measurable & ~seen.spike
+    steps = monitor.clock("steps") + 1
+    pushed = _push(monitor.recent, jnp.append(observed, seen.spike.astype(jnp.float32)))
+    recent = jnp.where(seen.measurable, pushed, monitor.recent)
     rebaselined = jnp.sum(recent[2]) >= policy.patience // 2
-    recent = recent.at[2].multiply(~rebaselined)
+    recent = jnp.concatenate([recent[:2], recent[2:] * ~rebaselined])
     window = jnp.where(accept, _push(monitor.window, observed), monitor.window)
     refilled = jnp.concatenate([window[:, : policy.window - policy.patience], recent[:2]], axis=1)
     window = jnp.where(rebaselined, refilled, window)
     accepted = jnp.minimum(monitor.clock("accepted") + accept, policy.window)
     accepted = jnp.where(rebaselined, policy.patience, accepted)
-    nonfinite_steps = jnp.where(flags["nonfinite"], monitor.clock("nonfinite_steps") + 1, 0)
-
-    refresh = (steps % MEASURE_EVERY == 0) | rebaselined
-    levels = lax.cond(
-        refresh,
-        lambda: _levels(window, recent, accepted, nonfinite_steps, monitor.levels, policy),
-        lambda: monitor.levels,
-    )
-    far_before = monitor.clock("steps_far")
-    still_far = jnp.where(levels[_LEVELS.index("far")] > 0, far_before + MEASURE_EVERY, 0)
-    steps_far = jnp.where(steps % MEASURE_EVERY == 0, still_far, far_before)
-    blowup = (steps_far >= policy.blowup_patience) & (far_before < policy.blowup_patience)
-
-    events = [flags[name] for name in ("spike", "nonfinite", "skipped", "clipped", "held")]
-    events += [rebaselined, blowup, flags["skipped"] | flags["clipped"]]
+    nonfinite_steps = jnp.where(nonfinite, monitor.clock("nonfinite_steps") + 1, 0)
     monitor = dataclasses.replace(
         monitor,
         window=window,
         recent=recent,
-        clocks=jnp.stack([steps, accepted, nonfinite_steps, steps_far]).astype(jnp.int32),
-        counts=monitor.counts + jnp.stack(events),
-        levels=levels,
+        clocks=jnp.stack([steps, accepted, nonfinite_steps, monitor.clock("steps_far")]).astype(jnp.int32),
+        norms=jnp.where(measured & ~nonfinite, group_norms(squares, monitor.leaf_names), monitor.norms),
     )
-    exhausted = monitor.count("interventions") > policy.max_interventions
-    flags = {**flags, "rebaselined": rebaselined, "blowup": blowup, "exhausted": exhausted}
-    return monitor, jnp.stack([flags[name] for name in MONITOR_FLAGS])
+    refresh = (steps % MEASURE_EVERY == 0) | rebaselined
+    return monitor, _Verdict(held_back, {**flags, "rebaselined": rebaselined}, refresh)
 
 
-def _in_one_kernel(compute: Callable[[], Any], like: Any, *, once: Array) -> Any:
-    """`compute()`, which has the structure of `like`. `once` is a 1 that the compiler cannot know to be one.
+def _new_levels(monitor: MonitorState, policy: Policy) -> tuple[Array, Array, Array]:
+    """(levels, steps that the loss has been far, whether it counts as blown up from now on)."""
+    levels = _levels(monitor, policy)
+    far_before = monitor.clock("steps_far")
+    still_far = jnp.where(levels[_LEVELS.index("far")] > 0, far_before + MEASURE_EVERY, 0)
+    steps_far = jnp.where(monitor.clock("steps") % MEASURE_EVERY == 0, still_far, far_before)
+    return levels, steps_far, (steps_far >= policy.blowup_patience) & (far_before < policy.blowup_patience)
+
+
+def _conclude(
+    monitor: MonitorState,
+    seen: _Seen,
+    verdict: _Verdict,
+    squares: Array,
+    levels: Array,
+    steps_far: Array,
+    blowup: Array,
+    policy: Policy,
+) -> tuple[MonitorState, _Report]:
+    """The monitor with everything in it, and what there is to tell."""
+    flags = verdict.flags | {"blowup": blowup}
+    events = [flags[name] for name in ("spike", "nonfinite", "skipped", "clipped", "held", "rebaselined", "blowup")]
+    counts = monitor.counts + jnp.stack([*events, flags["skipped"] | flags["clipped"]])
+    monitor = dataclasses.replace(
+        monitor, clocks=jnp.append(monitor.clocks[:-1], steps_far), counts=counts, levels=levels
+    )
+    flags["exhausted"] = monitor.count("interventions") > policy.max_interventions
+
+    update_norms = jnp.where(verdict.held_back, 0.0, monitor.norms[0])
+    values = {
+        "loss": seen.loss,
+        "loss_level": levels[0],
+        "loss_threshold": seen.limits[0],
+        "gradient_level": jnp.exp(levels[1]),
+        "gradient_threshold": jnp.exp(seen.limits[1]),
+        "clip_factor": seen.clip_factor,
+        "steps_far": steps_far.astype(jnp.float32),
+    }
+    return monitor, _Report(
+        by_group={
+            "grad_norm": group_norms(seen.gradient_squares, monitor.leaf_names),
+            "update_norm": update_norms,
+            "param_norm": monitor.norms[1],
+            "update_ratio": update_norms / jnp.maximum(monitor.norms[1], jnp.finfo(jnp.float32).tiny),
+        },
+        flags=jnp.stack([flags[name] for name in MONITOR_FLAGS]).astype(jnp.float32),
+        values=jnp.stack([values[name] for name in MONITOR_VALUES]),
+        counters=counts.astype(jnp.float32),
+        by_leaf=tuple(
+            (~jnp.isfinite(found)).astype(jnp.float32) for found in (seen.gradient_squares, squares[0] + squares[1])
+        ),
+    )
+
+
+def _in_one_kernel(compute: Callable[..., Any], given: tuple[Any, ...], *, once: Array) -> Any:
+    """`compute(*given)`, all of it small arrays, none of it sorting or scattering. `once` is a 1.
 
     XLA:CPU compiles a loop over small arrays into a single function; outside of a loop it launches each of the forty
-    operations on its own, which takes longer than a small network's whole step.
+    operations on its own, which together takes longer than a small network's update. So this is a loop of one turn.
+    The compiler must not know that it is one, and what goes in must depend on the turn, or the work is moved out.
     """
     if jax.default_backend() != "cpu":
-        return compute()
-    return lax.fori_loop(0, once, lambda _, carry: compute(), like)
+        return compute(*given)
+    result = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, *given))
+
+    def turn(i: Array, _: Any) -> Any:  # i is 0
+        return compute(*jax.tree.map(lambda x: x ^ (i > 0) if x.dtype == bool else x + i.astype(x.dtype), given))
+
+    return lax.fori_loop(0, once, turn, result)
 
 
 def _push(window: Array, value: Array) -> Array:
     return jnp.concatenate([window[..., 1:], value[..., None]], axis=-1)
 
 
-def _levels(window: Array, recent: Array, accepted: Array, nonfinite_steps: Array, old: Array, policy: Policy) -> Array:
+def _levels(monitor: MonitorState, policy: Policy) -> Array:
     """New levels and scales from the window, and whether the loss is now far above the best it has been."""
-    count = jnp.maximum(accepted, 1)
-    ready = accepted >= policy.patience
+    window, old = monitor.window, monitor.levels
+    count = jnp.maximum(monitor.clock("accepted"), 1)
+    ready = monitor.clock("accepted") >= policy.patience
     level, scale = level_and_scale(window, count)  # (2,), (2,)
     scale = jnp.maximum(scale, jnp.stack([LOSS_SCALE_FLOOR * jnp.abs(level[0]), LOG_NORM_SCALE_FLOOR]))
     scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
@@ -555,7 +551,7 @@ def _levels(window: Array, recent: Array, accepted: Array, nonfinite_steps: Arra
     start, best, best_scale = old[4], old[5], old[6]
     far = jnp.zeros((), bool)
     if policy.watch_blowup:
-        padded = jnp.pad(recent[0], (policy.window - policy.patience, 0))
+        padded = jnp.pad(monitor.recent[0], (policy.window - policy.patience, 0))
         median, now = masked_median(jnp.stack([window[0], padded]), jnp.stack([count, policy.patience]))
         start = jnp.where(jnp.isnan(start) & ready, median, start)
         better = ready & (median < best)
@@ -563,7 +559,8 @@ def _levels(window: Array, recent: Array, accepted: Array, nonfinite_steps: Arra
         gained = start - best
         out_of_reach = now > best + LOST_FACTOR * jnp.abs(best)
         lost = (gained > LOST_SCALES * best_scale) & (now > best + LOST_SHARE * gained)
-        far = ((now > best + LOST_SCALES * best_scale) & (out_of_reach | lost)) | (nonfinite_steps >= MEASURE_EVERY)
+        far = (now > best + LOST_SCALES * best_scale) & (out_of_reach | lost)
+        far = far | (monitor.clock("nonfinite_steps") >= MEASURE_EVERY)
     return jnp.concatenate([level, scale, jnp.stack([start, best, best_scale, far.astype(jnp.float32)])])
 
 

@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 
 from stabletrain.training.config import TrainConfig
+from stabletrain.training.robust_level import level_and_scale, masked_median
 from stabletrain.training.stability import (
     MEASURE_EVERY,
     MONITOR_COUNTERS,
@@ -23,18 +24,14 @@ from stabletrain.training.stability import (
     GuardedUpdate,
     MonitorState,
     Policy,
-    group_names,
     guarded_update,
     init_monitor,
     is_blown_up,
-    leaf_names,
-    level_and_scale,
-    masked_median,
     merge_inner_metrics,
     monitors_of,
     nonfinite_tensors,
-    norms_by_group,
 )
+from stabletrain.training.tensor_norms import group_names, group_norms, leaf_names, sums_of_squares
 
 PARAMS = {"a": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "b": {"kernel": jnp.full((2, 2), 2.0)}}
 WINDOW = 32
@@ -91,6 +88,10 @@ def flagged(metrics: dict[str, np.ndarray], flag: str) -> list[int]:
 # --- names and numbers ----------------------------------------------------------------------------------------
 
 
+def norms_by_group(tree: Any) -> dict[str, jax.Array]:
+    return dict(zip(group_names(tree), group_norms(sums_of_squares(tree), leaf_names(tree)), strict=True))
+
+
 def test_names_follow_the_order_of_the_leaves() -> None:
     assert leaf_names(PARAMS) == ("a/bias", "a/kernel", "b/kernel")
     assert group_names(PARAMS) == ("a", "b")
@@ -134,6 +135,19 @@ def test_level_follows_a_trend_and_scale_is_that_of_the_noise_alone() -> None:
     # Median over 200 windows; one level has a standard error of about 2.5 sigma / sqrt(128).
     assert np.median(levels) == pytest.approx(slope * (size - 1), abs=0.02)
     assert np.median(scales) == pytest.approx(sigma, rel=0.1)
+
+
+def test_what_the_monitor_does_besides_norms_is_three_functions() -> None:
+    """On CPU each of its operations by itself would take longer than the update of a small network."""
+
+    def step(monitor: MonitorState, loss: Any, params: Any) -> Any:
+        return guarded_update(
+            SGD, loss=loss, gradients=params, params=params, optimizer_state=SGD.init(params), monitor=monitor,
+            policy=Policy(),
+        )  # fmt: skip
+
+    program = jax.jit(step).lower(init_monitor(PARAMS, Policy()), jnp.ones(()), PARAMS).compile()
+    assert program.as_text().count('xla_cpu_small_call="true"') == 3
 
 
 def test_metrics_hold_the_norms_of_each_group() -> None:
