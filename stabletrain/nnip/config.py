@@ -181,7 +181,7 @@ def resolve(config: NnipConfig) -> NnipConfig:
     # the loss bursts again and again.
     batch = config.batch_size or min(25, max(1, train // 5))
     open_values = {
-        "steps": 80 if config.stable else 3000,
+        "steps": 40 if config.stable else 3000,
         "batch_size": 1 if config.stable else batch,
     }
     if config.validation_frames is None:
