@@ -20,8 +20,7 @@ from stabletrain.nnip.networks import NETWORKS, Surroundings
 from stabletrain.nnip.pairs import all_pairs
 from stabletrain.nnip.potential import EnergyScale, Params, Potential
 from stabletrain.nnip.schedule import Plateau, learning_rate_at, start_plateau, update_plateau
-from stabletrain.nnip.stable_experiment import Structures
-from stabletrain.nnip.stable_learning import energy_force_loss
+from stabletrain.nnip.stable_learning import Structures, energy_force_loss
 from stabletrain.nnip.systems import minimum_image
 from stabletrain.random_keys import random_key
 from stabletrain.training.ema import average_decay, start_average, update_average

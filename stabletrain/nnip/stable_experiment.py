@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,16 +22,18 @@ from jax.sharding import Mesh
 
 from stabletrain.errors import ConfigError
 from stabletrain.methods.stable import effective_sample_size
-from stabletrain.nnip.benchmark import BenchmarkResult, Conditions, Simulator, benchmark, survival_figure
-from stabletrain.nnip.benchmark import observable_figure as drawn
+from stabletrain.nnip.benchmark import Conditions, Simulator
 from stabletrain.nnip.criteria import Criteria, Reference, Thresholds, default_thresholds, mean_bond_lengths
 from stabletrain.nnip.dynamics import Swarm, where_replica, with_forces
 from stabletrain.nnip.observables import StaticObservable, static_observables
 from stabletrain.nnip.potential import Params, Potential
+from stabletrain.nnip.stable_evaluation import StableEvaluation
 from stabletrain.nnip.stable_learning import (
+    REFERENCE_FRAMES,
     Estimator,
     Learned,
     StructureLoss,
+    Structures,
     bonds_gradient,
     bonds_target,
     distances_again,
@@ -53,9 +53,6 @@ Array = jax.Array
 
 HISTORY = 32
 """Earlier window starts that are kept for random restarts; older ones are forgotten."""
-REFERENCE_FRAMES = 2000
-"""Frames, at most, that an observable's reference is taken over: of the training set, evenly spread, for what is
-learnt; of the test set for what is reported."""
 WINDOW_STREAM, CHOICE_STREAM, LEARNING_STREAM = 0, 1, 2
 """What a step's key is folded with for the dynamics, the restarts, and the estimator's shuffling."""
 
@@ -114,23 +111,6 @@ class StableState:
     capacity: Array  # int32 []: room of the neighbour list; 0 without one; with triplets [2], see Potential.room
 
 
-@dataclass(frozen=True)
-class Structures:
-    """Labelled frames: positions [N, n, 3] A, energies [N] eV without the elements' reference, forces [N, n, 3]."""
-
-    positions: np.ndarray
-    energies: np.ndarray
-    forces: np.ndarray
-
-    def tree(self) -> dict[str, Array]:
-        """As a loss takes them."""
-        return {
-            "positions": jnp.asarray(self.positions, jnp.float32),
-            "energy": jnp.asarray(self.energies, jnp.float32),
-            "forces": jnp.asarray(self.forces, jnp.float32),
-        }
-
-
 class StableExperiment:
     """StABlE Training from a trained potential; an `Experiment` of the loop."""
 
@@ -179,6 +159,9 @@ class StableExperiment:
         self._structures = train.tree()
         self._programs: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._prepare_observable()
+        self._evaluation = StableEvaluation(
+            config, base_params=self.base_params, test=test, criteria_of=self._criteria_of
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -514,77 +497,5 @@ class StableExperiment:
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, state: StableState, step: int, context: EvaluationContext) -> Evaluation:
-        """Force and energy errors, and the stability benchmark, of the potential as it is and of the base model.
-
-        `eval/force_mae_test` in meV / A and `eval/energy_mae_test` in meV; the benchmark's with its protocol in the
-        name, those of the base model with `base_` before them. Survival and observables also as figures.
-        """
-        scalars: dict[str, float] = {}
-        for name, params in (("", state.params), ("base_", self.base_params)):
-            energy, force = self._errors(params, context)
-            scalars |= {f"eval/{name}energy_mae_test": energy, f"eval/{name}force_mae_test": force}
-        files: dict[str, bytes] = {}
-        config = self.config
-        if config.benchmark_replicas:
-            after = self._benchmark(state.params, "benchmark", context)
-            before = self._base_benchmark(context)
-            protocol = f"{config.benchmark_time:g}ps_{config.temperature:g}K"
-            for name, result in (("", after), ("base_", before)):
-                scalars |= {
-                    f"eval/{name}{key}_{protocol}": value
-                    for key, value in result.scalars().items()
-                    if math.isfinite(value)
-                }
-            survivals = {"base": before.survival, "StABlE": after.survival}
-            files[f"eval/survival-{step:08d}.png"] = survival_figure(
-                survivals, title=f"{config.temperature:g} K, {config.timestep:g} fs, {config.thermostat}"
-            )
-            for observable in static_observables(self.system):
-                curves = {
-                    "reference": after.observables[observable.name].reference,
-                    "base": before.observables[observable.name].curve,
-                    "StABlE": after.observables[observable.name].curve,
-                }
-                slugged = observable.name.lower().replace("(", "").replace(")", "").replace(" ", "-")
-                files[f"eval/{slugged}-{step:08d}.png"] = drawn(observable, curves)
-        return Evaluation(scalars=scalars, files=files)
-
-    def _errors(self, params: Params, context: EvaluationContext) -> tuple[float, float]:
-        """Mean absolute errors of energies (meV) and force components (meV / A) on the test set."""
-        potential = self.potential
-        compiled = self._compiled("errors", jax.vmap(potential.energy_and_forces, (None, 0)))
-        energy_error, force_error, size = 0.0, 0.0, 50
-        for first in range(0, len(self.test.energies), size):
-            context.tick("errors", first, len(self.test.energies))
-            part = slice(first, first + size)
-            energy, forces = compiled(params, jnp.asarray(self.test.positions[part], jnp.float32))
-            energy_error += float(np.abs(np.asarray(energy, float) - self.test.energies[part]).sum())
-            force_error += float(np.abs(np.asarray(forces, float) - self.test.forces[part]).sum())
-        return 1e3 * energy_error / self.test.energies.size, 1e3 * force_error / self.test.forces.size
-
-    def _benchmark(self, params: Params, label: str, context: EvaluationContext) -> BenchmarkResult:
-        """Simulations from test structures, judged by the evaluation's thresholds; observables against test frames."""
-        config = self.config
-        thresholds = default_thresholds(self.system, evaluation=True)
-        if thresholds.bond_deviation is not None:
-            thresholds = dataclasses.replace(thresholds, bond_deviation=config.benchmark_bond_deviation)
-        chosen = np.linspace(0, len(self.test.positions) - 1, config.benchmark_replicas).round().astype(int)
-        return benchmark(
-            self._simulator,
-            params,
-            self.test.positions[chosen],
-            self._criteria_of(thresholds),
-            static_observables(self.system),
-            self.test.positions[:REFERENCE_FRAMES].astype(np.float32),
-            length=config.benchmark_time,
-            key=random_key(config.seed + 1),
-            tick=lambda done, total: context.tick(label, done, total),
-        )
-
-    def _base_benchmark(self, context: EvaluationContext) -> BenchmarkResult:
-        """That of the base model: it never changes, so it is run once in a process."""
-        if self._base_result is None:
-            self._base_result = self._benchmark(self.base_params, "benchmark of the base", context)
-        return self._base_result
-
-    _base_result: BenchmarkResult | None = None
+        """The potential as it is beside the base model: see `StableEvaluation`."""
+        return self._evaluation(self.potential, state.params, step, context)

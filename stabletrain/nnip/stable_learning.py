@@ -40,6 +40,9 @@ PERCENT = 100.0
 """h(r) is learnt as percent of the distances in each interval, as the released code scales it."""
 LOCAL_BINS, LOCAL_PER_REPLICA = 100, 5
 """Neighbourhoods are drawn evenly over this many intervals of the deviation, so many for each replica."""
+REFERENCE_FRAMES = 2000
+"""Frames, at most, that an observable's reference is taken over: of the training set, evenly spread, for what is
+learnt; of the test set for what is reported."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,23 @@ class Estimator:
 
 ObservableGradient = Callable[[Potential, Params, Array, Array, Array], Learned]
 """(potential, params, positions [N, n, 3], valid [N], key) -> loss and gradient."""
+
+
+@dataclass(frozen=True)
+class Structures:
+    """Labelled frames: positions [N, n, 3] A, energies [N] eV without the elements' reference, forces [N, n, 3]."""
+
+    positions: np.ndarray
+    energies: np.ndarray
+    forces: np.ndarray
+
+    def tree(self) -> dict[str, Array]:
+        """As a loss takes them."""
+        return {
+            "positions": jnp.asarray(self.positions, jnp.float32),
+            "energy": jnp.asarray(self.energies, jnp.float32),
+            "forces": jnp.asarray(self.forces, jnp.float32),
+        }
 
 
 # --- h(r) -------------------------------------------------------------------------------------------------------------

@@ -94,6 +94,9 @@ class StableOptions:
         32, "Replicas of the stability benchmark in the evaluation; 0: none.", panel=BENCHMARK, minimum=0
     )
     benchmark_time: float = option(1.0, "Length of its simulations in ps.", panel=BENCHMARK, minimum=0.001)
+    benchmark_temperatures: tuple[float, ...] = option(
+        (), "Further temperatures in K at which it is run, for survival alone.", panel=BENCHMARK, minimum=1.0
+    )
     benchmark_bond_deviation: float = option(
         0.25, "Unstable in the benchmark: a bond this much longer or shorter than its mean, in A.", panel=BENCHMARK,
         minimum=0.0,
@@ -109,6 +112,10 @@ def stable_problems(config: StableOptions) -> list[str]:
         found.append(f"--residual {config.residual} does nothing with --observable none")
     if config.reuse_steps > 1 and config.observable != "distances":
         found.append("--reuse-steps reweights --observable distances and nothing else")
+    if config.temperature in config.benchmark_temperatures:
+        found.append(f"--benchmark-temperatures holds {config.temperature:g}, at which it is run anyway")
+    if config.benchmark_temperatures and not config.benchmark_replicas:
+        found.append("--benchmark-temperatures does nothing with --benchmark-replicas 0")
     if config.min_unstable >= config.max_unstable:
         found.append(f"--min-unstable {config.min_unstable:g} must be below --max-unstable {config.max_unstable:g}")
     return found

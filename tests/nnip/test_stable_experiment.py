@@ -15,9 +15,10 @@ import pytest
 from stabletrain.errors import ConfigError
 from stabletrain.nnip.pairs import Pairs
 from stabletrain.nnip.potential import EnergyScale, Potential
-from stabletrain.nnip.stable_experiment import StableExperiment, Structures, loaded, stored
+from stabletrain.nnip.stable_experiment import StableExperiment, loaded, stored
 from stabletrain.nnip.stable_learning import (
     Estimator,
+    Structures,
     distances_gradient,
     distances_observable,
     distances_target,
@@ -323,6 +324,20 @@ def test_an_evaluation_compares_with_the_base(tmp_path: Path) -> None:
     assert (directory.path / "eval" / "survival-00000001.png").is_file()
 
 
+def test_an_evaluation_at_other_temperatures_reports_survival_alone(tmp_path: Path) -> None:
+    options = {"steps": 1, "benchmark_replicas": 8, "benchmark_time": 0.1, "benchmark_bond_deviation": 0.1}
+    directory = run(tmp_path / "run", experiment(**options, benchmark_temperatures=(20.0, 3000.0)))
+    row = directory.rows()[-1]
+    shares = [row[f"eval/base_stable_share_0.1ps_{temperature}K"] for temperature in (20, 500, 3000)]
+    assert shares == [row[f"eval/stable_share_0.1ps_{temperature}K"] for temperature in (20, 500, 3000)]
+    assert shares[0] > shares[1] >= shares[2] == 0
+    assert "eval/h_r_error_0.1ps_500K" in row
+    assert "eval/h_r_error_0.1ps_20K" not in row
+    assert {path.name for path in (directory.path / "eval").glob("survival*")} == {
+        "survival-00000001.png", "survival-20K-00000001.png", "survival-3000K-00000001.png",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -330,6 +345,8 @@ def test_an_evaluation_compares_with_the_base(tmp_path: Path) -> None:
         ({"observable": "none", "residual": "released"}, "does nothing"),
         ({"observable": "none", "reuse_steps": 2}, "--reuse-steps"),
         ({"min_unstable": 0.8}, "must be below"),
+        ({"benchmark_temperatures": (300.0, 500.0), "benchmark_replicas": 4}, "holds 500, at which it is run anyway"),
+        ({"benchmark_temperatures": (300.0,), "benchmark_replicas": 0}, "does nothing"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
