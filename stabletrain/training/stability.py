@@ -285,12 +285,8 @@ def guarded_update(
     )
     if policy.on_spike == "clip":
         gradients = jax.tree.map(lambda g: g * seen.clip_factor.astype(g.dtype), gradients)
-    measured, squares, gradients = _measured(optimizer, gradients, params, optimizer_state, seen.measure)
-    monitor, verdict = _in_one_kernel(
-        functools.partial(_remember, policy=policy),
-        (monitor, seen, measured, squares),
-        once=once,
-    )
+    squares, gradients = _measured(optimizer, gradients, params, optimizer_state, seen.measure)
+    monitor, verdict = _in_one_kernel(functools.partial(_remember, policy=policy), (monitor, seen, squares), once=once)
 
     updates, new_optimizer_state = optimizer.update(gradients, optimizer_state, params)
     new_params = optax.apply_updates(params, updates)
@@ -398,8 +394,8 @@ def _look(monitor: MonitorState, loss: Array, gradient_squares: Array, policy: P
 
 def _measured(
     optimizer: optax.GradientTransformation, gradients: Params, params: Params, optimizer_state: Any, measure: Array
-) -> tuple[Array, Array, Params]:
-    """(`measure`, sums of squares [2, leaves] of updates and parameters, 0 unless measured; the gradients).
+) -> tuple[Array, Params]:
+    """Sums of squares [2, leaves] of updates and parameters, 0 unless `measure`; and the gradients.
 
     On CPU only this is in a branch, and it works the updates out for itself: to update within a branch takes longer
     than to select outside of it. The gradients come back behind a barrier, so that it happens while the old parameters
@@ -411,16 +407,14 @@ def _measured(
         return jnp.stack([sums_of_squares(updates), sums_of_squares(params)])
 
     if jax.default_backend() != "cpu":
-        return measure, jnp.where(measure, squares_of_both(), 0.0), gradients
+        return jnp.where(measure, squares_of_both(), 0.0), gradients
     nothing = jnp.zeros((2, len(jax.tree.leaves(params))), jnp.float32)
     squares = lax.cond(measure, squares_of_both, lambda: nothing)
     gradients, squares = lax.optimization_barrier((gradients, squares))
-    return measure, squares, gradients
+    return squares, gradients
 
 
-def _remember(
-    monitor: MonitorState, seen: _Seen, measured: Array, squares: Array, policy: Policy
-) -> tuple[MonitorState, _Verdict]:
+def _remember(monitor: MonitorState, seen: _Seen, squares: Array, policy: Policy) -> tuple[MonitorState, _Verdict]:
     """The monitor after a step but for its levels and counters, and the verdict."""
     nonfinite_update = jnp.any(~jnp.isfinite(squares))
     nonfinite = ~seen.measurable | nonfinite_update
@@ -457,7 +451,7 @@ def _remember(
         window=window,
         recent=recent,
         clocks=jnp.stack([steps, accepted, nonfinite_steps, monitor.clock("steps_far")]).astype(jnp.int32),
-        norms=jnp.where(measured & ~nonfinite, group_norms(squares, monitor.leaf_names), monitor.norms),
+        norms=jnp.where(seen.measure & ~nonfinite, group_norms(squares, monitor.leaf_names), monitor.norms),
     )
     refresh = (steps % MEASURE_EVERY == 0) | rebaselined
     return monitor, _Verdict(held_back, {**flags, "rebaselined": rebaselined}, refresh)
