@@ -184,6 +184,8 @@ def resolve(config: NnipConfig) -> NnipConfig:
         "steps": 40 if config.stable else 3000,
         "batch_size": 1 if config.stable else batch,
     }
+    if config.stable:
+        open_values["reuse_steps"] = 1 if config.observable == "bond-lengths" else 5
     if config.validation_frames is None:
         chosen["validation_frames"] = min(50, train)
     if config.validation_frames != 0:

@@ -359,7 +359,8 @@ class StableExperiment:
         return known[place]
 
     def _learning(self, state: StableState, frames: Any, rate: float, key: Array) -> tuple[StableState, dict[str, Any]]:
-        """One update on a window's frames, and with `reuse_steps` more while they stand for the potential."""
+        """Up to `reuse_steps` updates on a window's frames, those after the first while the frames stand for the
+        potential; without an observable on the labelled frames alone, for which they need not."""
         config = self.config
         positions = frames.position.reshape(-1, self.system.count, 3)
         valid = frames.alive.reshape(-1)
@@ -369,11 +370,15 @@ class StableExperiment:
         state, metrics = learn(state, positions, valid, reference, key, jnp.float32(rate))
         steps = 1
         while steps < config.reuse_steps:
-            again = self._compiled("again", self._learn_again)
-            proposed, share, learnt = again(state, positions, valid, reference, jnp.float32(rate))
-            if not float(share) >= config.reuse_ratio:
-                break
-            state, metrics, steps = proposed, learnt, steps + 1
+            if self._again is None:
+                state, metrics = learn(state, positions, valid, reference, key, jnp.float32(rate))
+            else:
+                again = self._compiled("again", self._learn_again)
+                proposed, share, learnt = again(state, positions, valid, reference, jnp.float32(rate))
+                if not float(share) >= config.reuse_ratio:
+                    break
+                state, metrics = proposed, learnt
+            steps += 1
         return dataclasses.replace(state, updates=state.updates + steps), {**metrics, "stable/updates": float(steps)}
 
     def _learn_fresh(

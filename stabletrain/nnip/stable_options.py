@@ -55,7 +55,7 @@ class StableOptions:
         panel=STABLE,
         minimum=0.0,
     )
-    stable_learning_rate: float = option(1e-2, "Learning rate of the learning phases (SGD).", panel=STABLE, minimum=0.0)
+    stable_learning_rate: float = option(2e-3, "Learning rate of the learning phases (SGD).", panel=STABLE, minimum=0.0)
     stable_clip: float = option(1.0, "Clip the global gradient norm to this.", panel=STABLE, minimum=1e-9)
     max_unstable: float = option(
         0.75, "Share of unstable replicas at which learning begins.", panel=STABLE, minimum=0.0, maximum=1.0
@@ -74,7 +74,11 @@ class StableOptions:
         10, "Windows without fewer unstable replicas after which the learning rate falls.", panel=STABLE, minimum=0
     )
     reuse_steps: int = option(
-        1, "Learning steps on one window's frames; above 1 they are reweighted.", panel=STABLE, minimum=1
+        0,
+        "Learning steps on one window's frames, at most; above 1 they are reweighted. 0 chooses: 5, and 1 for bond "
+        "lengths.",
+        panel=STABLE,
+        minimum=0,
     )
     reuse_ratio: float = option(
         0.9,
@@ -110,8 +114,8 @@ def stable_problems(config: StableOptions) -> list[str]:
         found.append(f"--frame-every {config.frame_every} does not divide --window {config.window}")
     if config.residual != "full-sample" and config.observable == "none":
         found.append(f"--residual {config.residual} does nothing with --observable none")
-    if config.reuse_steps > 1 and config.observable != "distances":
-        found.append("--reuse-steps reweights --observable distances and nothing else")
+    if config.reuse_steps > 1 and config.observable == "bond-lengths":
+        found.append("--reuse-steps reweights --observable distances, not bond-lengths")
     if config.temperature in config.benchmark_temperatures:
         found.append(f"--benchmark-temperatures holds {config.temperature:g}, at which it is run anyway")
     if config.benchmark_temperatures and not config.benchmark_replicas:

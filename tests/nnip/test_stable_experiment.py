@@ -343,7 +343,7 @@ def test_an_evaluation_at_other_temperatures_reports_survival_alone(tmp_path: Pa
     [
         ({"frame_every": 7}, "does not divide"),
         ({"observable": "none", "residual": "released"}, "does nothing"),
-        ({"observable": "none", "reuse_steps": 2}, "--reuse-steps"),
+        ({"observable": "bond-lengths", "reuse_steps": 2}, "--reuse-steps"),
         ({"min_unstable": 0.8}, "must be below"),
         ({"benchmark_temperatures": (300.0, 500.0), "benchmark_replicas": 4}, "holds 500, at which it is run anyway"),
         ({"benchmark_temperatures": (300.0,), "benchmark_replicas": 0}, "does nothing"),
