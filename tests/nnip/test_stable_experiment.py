@@ -250,6 +250,21 @@ def test_a_window_may_be_learnt_from_again_while_its_frames_stand_for_the_potent
     assert updates(0.5) == 1  # one that is another after its first step
 
 
+def test_the_control_takes_its_further_steps_on_the_labelled_frames() -> None:
+    options = {"observable": "none", "stable_learning_rate": 0.01, "energy_force_weight": 1.0, "stable_clip": 1e9}
+    stable = experiment(**options, reuse_steps=3)
+    state = dataclasses.replace(
+        fresh_state(stable), progress=stored(Progress(learning=True)), unstable=jnp.ones(4, bool)
+    )
+    after, metrics = stable.step(state, stable.batch(0))
+    params, rate = SOFT, 0.01
+    for _ in range(3):
+        _, slope = mean_loss_and_gradient(energy_force_loss(POTENTIAL), params, FRAMES.tree())
+        params = jax.tree.map(lambda p, g: p - rate * g, params, slope)
+    np.testing.assert_allclose(after.params["stiffness"], params["stiffness"], rtol=1e-5)
+    assert metrics["stable/updates"] == 3
+
+
 def test_a_replica_that_is_frozen_and_a_longer_neighbour_list_are_told() -> None:
     stable = experiment(params=TRUTH, restart_share=0.0)
     state, _ = stable.step(fresh_state(stable), stable.batch(0))
