@@ -57,18 +57,19 @@ def test_rows_resolve_and_name_rows_of_their_own_scale(
 def test_columns_are_metrics_of_the_rows_evaluation(
     name: str, scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The benchmark's length and temperature are in its metrics' names; a row that is not simulated says `without`."""
+    """The benchmark's length and temperatures are in its metrics' names; a row that is not simulated says `without`."""
     monkeypatch.chdir(tmp_path)
     spec = read_table(ROOT, name)
     without = {row.key: row.without for row in spec.rows}
     for key, config in resolved(name, scale).items():
-        protocol = f"_{config.benchmark_time:g}ps_{config.temperature:g}K"
+        length = f"_{config.benchmark_time:g}ps"
+        protocols = tuple(f"{length}_{kelvin:g}K" for kelvin in (config.temperature, *config.benchmark_temperatures))
         for column in spec.columns[scale]:
             simulated = column.metric.endswith("K") or column.metric.startswith("stable/")
             if not config.stable:
                 assert (column.metric in without[key]) == simulated, f"{key}: {column.metric}"
             elif column.metric.endswith("K"):
-                assert column.metric.endswith(protocol), f"{key}: {column.metric}"
+                assert column.metric.endswith(protocols), f"{key}: {column.metric}"
 
 
 def test_the_papers_aspirin_is_the_released_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +79,4 @@ def test_the_papers_aspirin_is_the_released_configuration(tmp_path: Path, monkey
     assert (stable.stable_learning_rate, stable.stable_clip, stable.restart_share) == (1e-3, 1.0, 0.05)
     assert (stable.train_frames, stable.features, stable.interactions) == (950, 64, 6)  # the base's
     assert (stable.observable, stable.residual, stable.residual_batch) == ("distances", "released", 40)
+    assert stable.reuse_steps == 1
