@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax.linen import initializers
 
 from stabletrain.continual.config import ContinualConfig, filled
+from stabletrain.nn.convolution import Convolution
 
 Array = jax.Array
 
@@ -130,10 +131,9 @@ class PlainConv(nn.Module):
         x, channels = images.astype(self.dtype), self.width
         for i, stride in enumerate(self._strides()):
             channels = min(channels * stride, 2 * self.width)
-            x = nn.Conv(
-                channels, (3, 3), (stride, stride), dtype=self.dtype, kernel_init=initializers.he_normal(),
-                name=f"conv_{i}",
-            )(x)  # fmt: skip
+            x = Convolution(
+                channels, 3, stride, dtype=self.dtype, kernel_init=initializers.he_normal(), name=f"conv_{i}"
+            )(x)
             x = Norm(self.norm, self.momentum, self.epsilon, self.dtype, name=f"norm_{i}")(x, running)
             x = nn.relu(x)
         x = nn.Dense(2 * self.width, dtype=self.dtype, kernel_init=initializers.he_normal(), name="dense")(
@@ -168,10 +168,10 @@ class ResNet18(nn.Module):
     head: str
     dtype: Any
 
-    def _conv(self, features: int, size: int, stride: int, name: str) -> nn.Conv:
-        return nn.Conv(
-            features, (size, size), (stride, stride), use_bias=self.conv_bias, dtype=self.dtype,
-            kernel_init=initializers.he_normal(), name=name,
+    def _conv(self, features: int, size: int, stride: int, name: str) -> Convolution:
+        return Convolution(
+            features, size, stride, use_bias=self.conv_bias, dtype=self.dtype, kernel_init=initializers.he_normal(),
+            name=name,
         )  # fmt: skip
 
     def _norm(self, name: str) -> Norm:

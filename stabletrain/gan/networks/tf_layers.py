@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
+from stabletrain.nn.convolution import convolve
+
 EPSILON = 1e-5
 TINY_MATRIX = 1 << 17
 """Entries up to which a convolution is a product with its whole matrix: 16 channels of 4x4 pixels have half of it."""
@@ -56,9 +58,7 @@ def convolve_same(images: jax.Array, kernel: jax.Array, stride: int) -> jax.Arra
             return _as_product(images, kernel, stride)
         if size == 5 and stride == 2 and places < size:
             return _on_blocks(images, kernel)
-    return jax.lax.conv_general_dilated(
-        images, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return convolve(images, kernel, stride=stride)
 
 
 def _as_product(images: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -81,13 +81,7 @@ def _on_blocks(images: jax.Array, kernel: jax.Array) -> jax.Array:
     # SAME pads 1 before: with a zero tap in front, six taps are three blocks
     taps = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(3, 2, 3, 2, channels, -1)
     taps = taps.transpose(0, 2, 1, 3, 4, 5).reshape(3, 3, 4 * channels, -1)
-    return jax.lax.conv_general_dilated(
-        blocks.reshape(batch, half, half, 4 * channels),
-        taps,
-        (1, 1),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    return convolve(blocks.reshape(batch, half, half, 4 * channels), taps)
 
 
 class Linear(nn.Module):
