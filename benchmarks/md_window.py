@@ -260,7 +260,7 @@ def of_gradient(options: argparse.Namespace, potential: Any, params: Any, frames
     from stabletrain.nnip.stable_learning import Estimator, distances_gradient, distances_observable, distances_target
     from stabletrain.nnip.units import thermal_energy
 
-    observable = distances_observable(potential.system)
+    observable = distances_observable(potential.system, 10.0)
     target = distances_target(observable, frames.positions[:200])
     learn = distances_gradient(observable, target, Estimator(thermal_energy(TEMPERATURE)))
     many = jnp.asarray(frames.positions[np.arange(STRUCTURES) % len(frames)], jnp.float32)

@@ -24,7 +24,7 @@ from stabletrain.nnip.benchmark import (
     survival_figure,
 )
 from stabletrain.nnip.criteria import Criteria, Thresholds, default_thresholds
-from stabletrain.nnip.observables import static_observables
+from stabletrain.nnip.observables import StaticObservable, static_observables
 from stabletrain.nnip.potential import Params, Potential
 from stabletrain.nnip.stable_learning import REFERENCE_FRAMES, Structures
 from stabletrain.random_keys import random_key
@@ -100,7 +100,7 @@ class StableEvaluation:
         self, potential: Potential, before: BenchmarkResult, after: BenchmarkResult, step: int
     ) -> dict[str, bytes]:
         files = {}
-        for observable in static_observables(potential.system):
+        for observable in self._observables(potential):
             curves = {
                 "reference": after.observables[observable.name].reference,
                 "base": before.observables[observable.name].curve,
@@ -109,6 +109,10 @@ class StableEvaluation:
             name = observable.name.lower().replace("(", "").replace(")", "").replace(" ", "-")
             files[f"eval/{name}-{step:08d}.png"] = observable_figure(observable, curves)
         return files
+
+    def _observables(self, potential: Potential) -> list[StaticObservable]:
+        system = potential.system
+        return static_observables(system, r_max=None if system.periodic else self.config.distance_reach)
 
     def _errors(self, potential: Potential, params: Params, context: EvaluationContext) -> tuple[float, float]:
         """Mean absolute errors of energies (meV) and force components (meV / A) on the test set."""
@@ -139,7 +143,7 @@ class StableEvaluation:
             params,
             self.test.positions[chosen],
             self._criteria_of(thresholds),
-            static_observables(system),
+            self._observables(potential),
             self.test.positions[:REFERENCE_FRAMES].astype(np.float32),
             length=config.benchmark_time,
             key=random_key(config.seed + 1),

@@ -43,6 +43,7 @@ from stabletrain.nnip.stable_learning import (
     equal_molecules,
     mean_loss_and_gradient,
 )
+from stabletrain.nnip.stable_options import StableOptions
 from stabletrain.nnip.stable_phases import Plan, Progress, Schedule, Verdict, begin, finish
 from stabletrain.nnip.units import thermal_energy
 from stabletrain.random_keys import random_key
@@ -218,7 +219,10 @@ class StableExperiment:
             kT=thermal_energy(config.temperature),
             residual=config.residual,
             minibatch=config.residual_batch if config.residual == "released" else None,
+            chunk=config.gradient_chunk,
         )
+        if self.system.periodic and config.distance_reach != StableOptions.distance_reach:
+            raise ConfigError("--distance-reach is for molecules: in a cell the distributions reach as far as it does")
         self._gradient: Any = None
         self._again: Any = None
         if config.observable == "distances":
@@ -227,7 +231,7 @@ class StableExperiment:
                     "--observable distances is for molecules: of a liquid learn --observable bond-lengths, since its "
                     "mean over many molecules hardly sees one that fails"
                 )
-            observable = distances_observable(self.system)
+            observable = distances_observable(self.system, config.distance_reach)
             target = distances_target(observable, np.asarray(self._reference_frames))
             self._gradient = distances_gradient(observable, target, estimator)
             self._again = distances_again(observable, target, estimator)
@@ -408,7 +412,9 @@ class StableExperiment:
         observable_slope = zero if learned is None else learned.gradient
         loss, slope = jnp.zeros(()), zero
         if weight:
-            loss, slope = mean_loss_and_gradient(self._loss, params, self._structures)
+            loss, slope = mean_loss_and_gradient(
+                self._loss, params, self._structures, chunk=max(1, self.config.gradient_chunk // 2)
+            )
         slope = jax.tree.map(lambda x: weight * x, slope)
         total = jax.tree.map(jnp.add, observable_slope, slope)
         observable_loss = jnp.zeros(()) if learned is None else learned.loss

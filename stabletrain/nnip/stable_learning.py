@@ -61,7 +61,7 @@ class Estimator:
     kT: float  # eV
     residual: Residual = "full-sample"
     minibatch: int | None = None
-    chunk: int = 64
+    chunk: int = 64  # structures at once
 
 
 ObservableGradient = Callable[[Potential, Params, Array, Array, Array], Learned]
@@ -153,8 +153,8 @@ def distances_again(
     return gradient
 
 
-def distances_observable(system: System, reach: float = 10.0) -> StaticObservable:
-    """h(r) as it is learnt: smeared by 0.01 A, in intervals of 0.02 A."""
+def distances_observable(system: System, reach: float) -> StaticObservable:
+    """h(r) as it is learnt, up to `reach` A: smeared by 0.01 A, in intervals of 0.02 A."""
     return smeared_distance_distribution(system.count, r_max=reach, dr=0.02, width=0.01, cell=system.cell)
 
 
@@ -260,9 +260,7 @@ def energy_force_loss(
     return loss
 
 
-def mean_loss_and_gradient(
-    loss: StructureLoss, params: Params, structures: Any, *, chunk: int = 32
-) -> tuple[Array, Params]:
+def mean_loss_and_gradient(loss: StructureLoss, params: Params, structures: Any, *, chunk: int) -> tuple[Array, Params]:
     """The mean loss over all structures (leaves [N, ...]) and its gradient, a chunk at a time."""
     count = len(jax.tree.leaves(structures)[0])
     chunk = min(chunk, count)

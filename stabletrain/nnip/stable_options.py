@@ -45,6 +45,9 @@ class StableOptions:
         panel=STABLE,
         choices=OBSERVABLES,
     )
+    distance_reach: float = option(
+        10.0, "Molecules: h(r) up to this distance in A, learnt and reported.", panel=STABLE, minimum=1.0
+    )
     residual: str = option(
         "full-sample", "Which sample the observable's residual is taken of.", panel=STABLE, choices=RESIDUAL_NAMES
     )
@@ -86,6 +89,13 @@ class StableOptions:
         panel=STABLE,
         minimum=0.0,
         maximum=1.0,
+    )
+    gradient_chunk: int = option(
+        64,
+        "Structures whose energies are differentiated at once in a learning step, half as many with their forces: "
+        "fewer need less memory.",
+        panel=STABLE,
+        minimum=1,
     )
     max_bond_deviation: float | None = option(
         None, "Unstable: a bond this much longer or shorter than its mean, in A.", panel=STABLE, minimum=0.0

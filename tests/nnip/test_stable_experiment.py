@@ -119,7 +119,7 @@ def test_energy_force_loss_over_the_whole_set_in_chunks() -> None:
         value, slope = jax.jit(lambda p, c=chunk: mean_loss_and_gradient(loss, p, tree, chunk=c))(SOFT)
         assert float(value) == pytest.approx(float(whole[0]), rel=1e-5)
         np.testing.assert_allclose(slope["stiffness"], whole[1]["stiffness"], rtol=1e-5)
-    assert float(mean_loss_and_gradient(loss, TRUTH, tree)[0]) < 1e-10
+    assert float(mean_loss_and_gradient(loss, TRUTH, tree, chunk=32)[0]) < 1e-10
 
 
 def test_learning_h_of_r_stiffens_a_soft_spring() -> None:
@@ -229,7 +229,7 @@ def test_the_control_learns_energies_and_forces_alone() -> None:
         fresh_state(stable), progress=stored(Progress(learning=True)), unstable=jnp.ones(4, bool)
     )
     after, metrics = stable.step(state, stable.batch(0))
-    _, slope = mean_loss_and_gradient(energy_force_loss(POTENTIAL), SOFT, FRAMES.tree())
+    _, slope = mean_loss_and_gradient(energy_force_loss(POTENTIAL), SOFT, FRAMES.tree(), chunk=32)
     np.testing.assert_allclose(after.params["stiffness"], SOFT["stiffness"] - 0.1 * slope["stiffness"], rtol=1e-4)
     assert "train/observable_loss" not in metrics
 
@@ -259,10 +259,46 @@ def test_the_control_takes_its_further_steps_on_the_labelled_frames() -> None:
     after, metrics = stable.step(state, stable.batch(0))
     params, rate = SOFT, 0.01
     for _ in range(3):
-        _, slope = mean_loss_and_gradient(energy_force_loss(POTENTIAL), params, FRAMES.tree())
+        _, slope = mean_loss_and_gradient(energy_force_loss(POTENTIAL), params, FRAMES.tree(), chunk=32)
         params = jax.tree.map(lambda p, g: p - rate * g, params, slope)
     np.testing.assert_allclose(after.params["stiffness"], params["stiffness"], rtol=1e-5)
     assert metrics["stable/updates"] == 3
+
+
+def test_fewer_structures_at_once_learn_the_same() -> None:
+    """--gradient-chunk bounds the structures of a reverse pass, half as many with forces, and changes nothing else."""
+
+    def learnt(chunk: int) -> tuple[Any, str]:
+        stable = experiment(gradient_chunk=chunk, stable_learning_rate=0.01)
+        state = dataclasses.replace(
+            fresh_state(stable), progress=stored(Progress(learning=True)), unstable=jnp.ones(4, bool)
+        )
+        after, _ = stable.step(state, stable.batch(0))
+        frames, flags = jnp.zeros((16, 3, 3)), jnp.ones(16, bool)
+        arguments = (state, frames, flags, jnp.zeros(16), jax.random.key(0), jnp.float32(0.01))
+        return after.params, str(jax.make_jaxpr(stable._learn_fresh)(*arguments))
+
+    (few, small), (many, large) = learnt(10), learnt(64)
+    np.testing.assert_allclose(few["stiffness"], many["stiffness"], rtol=1e-5)
+    assert "f32[2,10,3,3]" in small  # 16 frames of the window
+    assert "f32[5,5,3,3]" in small  # 24 labelled ones
+    assert "f32[2,10,3,3]" not in large
+
+
+def test_h_of_r_reaches_as_far_as_it_is_asked_to(tmp_path: Path) -> None:
+    directory = run(tmp_path / "run", experiment(steps=1, benchmark_replicas=4, distance_reach=1.2))
+    row = directory.rows()[-1]
+    assert row["eval/h_r_error_0.02ps_500K"] > 0
+    stable = experiment(distance_reach=1.2)
+    first = stable._evaluation._observables(POTENTIAL)[0]
+    assert len(first.grid) == 60
+    assert first.grid[-1] < 1.2
+    state = dataclasses.replace(
+        fresh_state(stable), progress=stored(Progress(learning=True)), unstable=jnp.ones(4, bool)
+    )
+    longer = experiment(distance_reach=10.0)
+    losses = [float(s.step(state, s.batch(0))[1]["train/observable_loss"]) for s in (stable, longer)]
+    assert losses[0] != losses[1]  # the hydrogens' distance is beyond 1.2 A
 
 
 def test_a_replica_that_is_frozen_and_a_longer_neighbour_list_are_told() -> None:
@@ -376,6 +412,16 @@ def test_what_a_system_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="--observable bond-lengths"):
         StableExperiment(
             make_config(Config, {"max_bond_deviation": 0.3}),
+            mesh=make_mesh(1, 1),
+            potential=boxed,
+            params=SOFT,
+            train=FRAMES,
+            test=FRAMES,
+            loss=energy_force_loss(boxed),
+        )
+    with pytest.raises(ConfigError, match="--distance-reach is for molecules"):
+        StableExperiment(
+            make_config(Config, {"max_bond_deviation": 0.3, "distance_reach": 5.0, "observable": "none"}),
             mesh=make_mesh(1, 1),
             potential=boxed,
             params=SOFT,
