@@ -18,6 +18,7 @@ Source: Lavin and Gray 2016 (arXiv 1509.09308).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -177,14 +178,15 @@ def _primitive(name: str, shape_of: Callable[..., tuple[int, ...]], direct: Any,
         return jax.core.ShapedArray(shape_of(first.shape, second.shape, **parameters), first.dtype)
 
     def batched(arguments: Sequence[Array], axes: Sequence[Any], **parameters: Any) -> tuple[Array, int]:
-        # Further images are no more than a larger batch; anything else is left to XLA.
+        # Further images are no more than a larger batch. Otherwise it is mapped in the form that the device takes.
         first, second = arguments
         if primitive is _convolve_p and axes[1] is batching.not_mapped:
             images = jnp.moveaxis(first, axes[0], 0)
             joined = primitive.bind(images.reshape(-1, *images.shape[2:]), second, **parameters)
             return joined.reshape(*images.shape[:2], *joined.shape[1:]), 0
         in_axes = [None if axis is batching.not_mapped else axis for axis in axes]
-        return jax.vmap(lambda a, b: direct(a, b, **parameters), in_axes)(first, second), 0
+        forms = [jax.vmap(functools.partial(form, **parameters), in_axes) for form in (by_tiles, direct)]
+        return lax.platform_dependent(first, second, cpu=forms[0], default=forms[1]), 0
 
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=("transposed",)))
     primitive.def_abstract_eval(abstract)

@@ -72,3 +72,11 @@ def test_the_type_of_computation_is_the_one_asked_for():
         assert variables["params"]["kernel"].dtype == jnp.float32
         assert Convolution(3, size).apply(variables, images).dtype == jnp.float32
         assert Convolution(3, size, dtype=jnp.bfloat16).apply(variables, images).dtype == jnp.bfloat16
+
+
+def test_without_a_bias_there_is_none():
+    images = jax.random.normal(jax.random.key(0), (1, 4, 4, 2))
+    layer = Convolution(3, use_bias=False)
+    variables = layer.init(jax.random.key(1), images)
+    assert set(variables["params"]) == {"kernel"}
+    np.testing.assert_array_equal(layer.apply(variables, images), convolve(images, variables["params"]["kernel"]))

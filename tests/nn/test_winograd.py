@@ -107,9 +107,13 @@ def test_split_over_devices_it_is_the_same():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
-def test_another_device_convolves_as_xla_does():
-    shapes = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((3, 3, 4, 4), jnp.float32)
-    traced = jax.jit(jax.grad(lambda *a: jnp.sum(convolve_3x3(*a) ** 2), (0, 1))).trace(*shapes)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_another_device_convolves_as_xla_does(mapped):
+    gradient = jax.grad(lambda *a: jnp.sum(convolve_3x3(*a) ** 2), (0, 1))
+    shapes = [(2, 8, 8, 4), (3, 3, 4, 4)]
+    if mapped:
+        gradient, shapes = jax.vmap(gradient), [(5, *shape) for shape in shapes]
+    traced = jax.jit(gradient).trace(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     counts = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
         for platform in ("cuda", "cpu")
