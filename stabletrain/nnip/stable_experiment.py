@@ -1,8 +1,7 @@
 """StABlE Training as an experiment: one step is one window of dynamics, and in a learning phase one update after it.
 
-The state holds everything that the course depends on: the parameters, every replica with its thermostat, where the
-last window began, a ring of earlier beginnings, which replicas were unstable, and the counters of the phases. A run
-that is stopped in either phase therefore goes on to the bit. What is decided is told by `events`.
+The state (`stable_state`) holds everything that the course depends on; `stable_phases` decides, `stable_learning` gives
+the gradients, `stable_evaluation` judges. What is decided is told by `events`.
 
 Source: Raja et al. 2025, Algorithm 1; `docs/stable.md` lists what differs. **Units**: eV, A, fs, K; ps for times.
 """
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import Mesh
 
 from stabletrain.errors import ConfigError
@@ -45,71 +43,16 @@ from stabletrain.nnip.stable_learning import (
 )
 from stabletrain.nnip.stable_options import StableOptions
 from stabletrain.nnip.stable_phases import Plan, Progress, Schedule, Verdict, begin, finish
+from stabletrain.nnip.stable_state import HISTORY, StableState, loaded, stored
 from stabletrain.nnip.units import thermal_energy
 from stabletrain.random_keys import random_key
 from stabletrain.training.experiment import Batch, Evaluation, EvaluationContext, Metrics
-from stabletrain.training.stability import MonitorState, Policy, guarded_update, init_monitor
+from stabletrain.training.stability import Policy, guarded_update, init_monitor
 
 Array = jax.Array
 
-HISTORY = 32
-"""Earlier window starts that are kept for random restarts; older ones are forgotten."""
 WINDOW_STREAM, CHOICE_STREAM, LEARNING_STREAM = 0, 1, 2
 """What a step's key is folded with for the dynamics, the restarts, and the estimator's shuffling."""
-
-
-@struct.dataclass
-class ProgressArrays:
-    """`Progress` as arrays."""
-
-    learning: Array  # bool []
-    cycle: Array  # int32 []
-    epoch: Array  # int32 []
-    lowered: Array  # int32 []
-    best: Array  # float32 []
-    waiting: Array  # int32 []
-
-
-def stored(progress: Progress) -> ProgressArrays:
-    """As arrays. Shares are fractions of the replicas; float32 holds their order."""
-    return ProgressArrays(
-        learning=jnp.asarray(progress.learning),
-        cycle=jnp.asarray(progress.cycle, jnp.int32),
-        epoch=jnp.asarray(progress.epoch, jnp.int32),
-        lowered=jnp.asarray(progress.lowered, jnp.int32),
-        best=jnp.asarray(progress.best, jnp.float32),
-        waiting=jnp.asarray(progress.waiting, jnp.int32),
-    )
-
-
-def loaded(arrays: ProgressArrays) -> Progress:
-    """As plain numbers."""
-    values = jax.device_get(arrays)
-    return Progress(
-        learning=bool(values.learning),
-        cycle=int(values.cycle),
-        epoch=int(values.epoch),
-        lowered=int(values.lowered),
-        best=float(values.best),
-        waiting=int(values.waiting),
-    )
-
-
-@struct.dataclass
-class StableState:
-    """All that evolves. H: `HISTORY`, R: replicas."""
-
-    params: Params
-    optimizer: Any
-    monitor: MonitorState
-    swarm: Swarm  # after the last window
-    start: Swarm  # at its beginning
-    history: Swarm  # leaves [H, R, ...]: earlier beginnings, a ring
-    windows: Array  # int32 []: windows so far; the ring's next place is windows % H
-    unstable: Array  # bool [R]: in the last window
-    progress: ProgressArrays
-    updates: Array  # int32 []: learning steps so far
-    capacity: Array  # int32 []: room of the neighbour list; 0 without one; with triplets [2], see Potential.room
 
 
 class StableExperiment:

@@ -15,7 +15,7 @@ import pytest
 from stabletrain.errors import ConfigError
 from stabletrain.nnip.pairs import Pairs
 from stabletrain.nnip.potential import EnergyScale, Potential
-from stabletrain.nnip.stable_experiment import StableExperiment, loaded, stored
+from stabletrain.nnip.stable_experiment import StableExperiment
 from stabletrain.nnip.stable_learning import (
     Estimator,
     Structures,
@@ -28,6 +28,7 @@ from stabletrain.nnip.stable_learning import (
 )
 from stabletrain.nnip.stable_options import StableOptions, check_stable
 from stabletrain.nnip.stable_phases import Progress
+from stabletrain.nnip.stable_state import loaded, stored
 from stabletrain.nnip.systems import make_system
 from stabletrain.training.config import TrainConfig, make_config, option
 from stabletrain.training.devices import make_mesh
