@@ -263,12 +263,17 @@ def test_the_pooled_gate_has_the_same_parameters_at_any_size_and_the_token_gate_
 @pytest.mark.parametrize("scaling", ["cs", "ls"])
 def test_padded_tokens_give_the_same_output(scaling):
     """The padding is within attention only: gates and norms of features see the network's own tokens."""
-    network, params, images, times, labels = small(skip_scaling=scaling)
-    expected = network.apply({"params": params}, images, times, labels)
+    network, *arguments = small(skip_scaling=scaling)
     padded = network.clone(pad_tokens=16)
-    found = padded.apply({"params": params}, images, times, labels)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # sums of float32 in another order
-    assert "pad" in str(jax.make_jaxpr(lambda: padded.apply({"params": params}, images, times, labels))())
+    with jax.enable_x64(True):  # float32 sums in another order
+        params, images, times, labels = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, arguments
+        )
+        expected = network.apply({"params": params}, images, times, labels)
+        found = padded.apply({"params": params}, images, times, labels)
+        assert found.dtype == jnp.float64
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+        assert "pad" in str(jax.make_jaxpr(lambda: padded.apply({"params": params}, images, times, labels))())
 
 
 def test_images_and_labels_that_do_not_fit_are_refused():

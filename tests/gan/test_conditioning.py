@@ -96,11 +96,14 @@ def test_projections_depend_on_the_label(kind):
 
 def test_normalized_classifier_is_normalized_on_both_sides():
     """The released code's switch leaves the class weights as they are; here neither length matters."""
-    output, params, head = head_output("ac-normalized")
-    scaled = {**params, "classifier": params["classifier"] * jnp.array([[2.0], [30.0], [0.1]])}
-    longer = head.apply({"params": scaled}, 7 * FEATURES, LABELS, train=False)
-    np.testing.assert_allclose(longer.classes.logits, output.classes.logits, rtol=1e-5)  # float32
-    assert jnp.all(jnp.abs(output.classes.logits) <= 1 + 1e-6)
+    _, params, head = head_output("ac-normalized")
+    with jax.enable_x64(True):
+        params, features = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, FEATURES))
+        scaled = {**params, "classifier": params["classifier"] * jnp.array([[2.0], [30.0], [0.1]])}
+        output = head.apply({"params": params}, features, LABELS, train=False)
+        longer = head.apply({"params": scaled}, 7 * features, LABELS, train=False)
+        np.testing.assert_allclose(longer.classes.logits, output.classes.logits, rtol=1e-9)
+        assert jnp.all(jnp.abs(output.classes.logits) <= 1 + 1e-9)
 
 
 def test_twin_classifier_has_weights_of_its_own_that_train():
