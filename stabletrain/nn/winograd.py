@@ -1,8 +1,8 @@
 """3x3 convolutions by Winograd's minimal filtering, F(2x2, 3x3): 16 products for four pixels in place of 36.
 
-XLA has one way to convolve on a CPU, and its gradient by the kernel takes two to four times as long as the convolution
-(`benchmarks/convolution_forms.py`). Here images are cut into overlapping tiles of 4x4 pixels, tiles and kernels are
-transformed along both axes, and what remains are 16 ordinary matrix products:
+XLA has one way to convolve on a CPU, and its gradient by the kernel takes 1.3 to 3.3 times as long as the
+convolution (`benchmarks/convolution_forms.py`). Here images are cut into overlapping tiles of 4x4 pixels, tiles and
+kernels are transformed along both axes, and what remains are 16 ordinary matrix products:
 
     Y = A^T ((G k G^T) * (B^T d B)) A,
 
@@ -31,8 +31,8 @@ from jax.interpreters import ad, batching, mlir
 Array = jax.Array
 
 FEWEST_CHANNELS, FEWEST_PIXELS = 64, 64
-"""Below these the transforms cost more than the products that they save. The batch has no say, so that its size does
-not change the numbers."""
+"""Below these the transforms cost about as much as the products that they save. The batch has no say, so that its
+size does not change the numbers."""
 
 
 def pays(images: Array, kernel: Array) -> bool:

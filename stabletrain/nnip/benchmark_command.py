@@ -212,7 +212,7 @@ def _benchmark_at(
     for other in subjects[1:]:
         if not np.array_equal(other.potential.system.species, system.species):
             raise ConfigError(f"{other.path} is of other atoms than {first.path}")
-    observables = static_observables(system, r_max=None if system.periodic else first.config.distance_reach)
+    observables = static_observables(system, distance_reach=first.config.distance_reach)
     reference = first.test_positions[:2000].astype(np.float32)
     weights = None
     if reference_temperature is not None and reference_temperature != conditions.temperature:

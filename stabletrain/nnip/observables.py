@@ -182,15 +182,14 @@ def radial_distributions(numbers: np.ndarray, cell: np.ndarray, *, r_max: float 
     return found
 
 
-def static_observables(system: System, *, r_max: float | None = None) -> list[StaticObservable]:
+def static_observables(system: System, *, distance_reach: float = 10.0) -> list[StaticObservable]:
     """What is compared of a system: of a molecule h(r) and the angles, of a periodic one g(r) by pair of elements.
 
-    `r_max` in A is 10 for a molecule, and 6 in a cell (or half of its width where that is less).
+    h(r) goes to `distance_reach` in A, g(r) to 6 A, or half of the cell's width where that is less.
     """
     if system.cell is not None:
-        reach = min(r_max or 6.0, smallest_width(system.cell) / 2)
-        return radial_distributions(system.species, system.cell, r_max=reach)
-    found = [distance_distribution(system.count, r_max=r_max or 10.0)]
+        return radial_distributions(system.species, system.cell, r_max=min(6.0, smallest_width(system.cell) / 2))
+    found = [distance_distribution(system.count, r_max=distance_reach)]
     triples = angles_of(system.bonds)
     return [*found, angle_distribution(triples)] if len(triples) else found
 

@@ -111,8 +111,7 @@ class StableEvaluation:
         return files
 
     def _observables(self, potential: Potential) -> list[StaticObservable]:
-        system = potential.system
-        return static_observables(system, r_max=None if system.periodic else self.config.distance_reach)
+        return static_observables(potential.system, distance_reach=self.config.distance_reach)
 
     def _errors(self, potential: Potential, params: Params, context: EvaluationContext) -> tuple[float, float]:
         """Mean absolute errors of energies (meV) and force components (meV / A) on the test set."""

@@ -90,16 +90,16 @@ def structures(count: int = 24) -> Structures:
 FRAMES = structures()
 
 
-def experiment(*, params: Any = SOFT, **options: Any) -> StableExperiment:
+def experiment(*, params: Any = SOFT, potential: Potential = POTENTIAL, **options: Any) -> StableExperiment:
     config = make_config(Config, options)
     return StableExperiment(
         config,
         mesh=make_mesh(1, 1),
-        potential=POTENTIAL,
+        potential=potential,
         params=params,
         train=FRAMES,
         test=FRAMES,
-        loss=energy_force_loss(POTENTIAL),
+        loss=energy_force_loss(potential),
     )
 
 
@@ -411,22 +411,6 @@ def test_what_a_system_does_not_have_is_refused() -> None:
         experiment(min_distance=1.0)
     boxed = dataclasses.replace(POTENTIAL, system=make_system([8, 1, 1], WATER, 12.0))
     with pytest.raises(ConfigError, match="--observable bond-lengths"):
-        StableExperiment(
-            make_config(Config, {"max_bond_deviation": 0.3}),
-            mesh=make_mesh(1, 1),
-            potential=boxed,
-            params=SOFT,
-            train=FRAMES,
-            test=FRAMES,
-            loss=energy_force_loss(boxed),
-        )
+        experiment(potential=boxed, max_bond_deviation=0.3)
     with pytest.raises(ConfigError, match="--distance-reach is for molecules"):
-        StableExperiment(
-            make_config(Config, {"max_bond_deviation": 0.3, "distance_reach": 5.0, "observable": "none"}),
-            mesh=make_mesh(1, 1),
-            potential=boxed,
-            params=SOFT,
-            train=FRAMES,
-            test=FRAMES,
-            loss=energy_force_loss(boxed),
-        )
+        experiment(potential=boxed, max_bond_deviation=0.3, distance_reach=5.0, observable="none")
