@@ -1,8 +1,10 @@
-"""Settings of XLA that it reads from the environment. Imports no JAX: they have to stand before JAX is imported."""
+"""Settings that XLA finds in its process: environment, allocator. Imports no JAX: they stand before it is imported."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 LOG_LEVEL, FLAGS = "TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS"
 LOG_LEVEL_OF_JAX = "1"
@@ -31,3 +33,28 @@ def apply() -> None:
 def flags_of_the_user() -> str:
     """XLA_FLAGS without what `apply` added."""
     return os.environ.get(FLAGS, "").replace(SMALL_LOOPS, "").strip()
+
+
+ALLOCATOR_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES")
+"""What environment variables begin with by which a user chooses how glibc allocates."""
+
+_ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1  # of mallopt(3)
+_LARGEST_INT = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep memory that was freed, up to the process's peak, and tells whether it does.
+
+    XLA:CPU allocates the temporaries of a program at each call. By default glibc maps such blocks anew each time and
+    gives them back, and the system fills every page with zeros: 800 MB in a step of U-ViT-S/2. So: no mapping of single
+    blocks, one arena (the heaps of further ones are too small for such blocks), and nothing given back. The price is
+    memory that one large block has left in pieces (`docs/diffusion.md`, speed).
+
+    Left alone: other allocators and systems, and what the user says with `ALLOCATOR_VARIABLES`.
+    """
+    if any(name.startswith(ALLOCATOR_VARIABLES) for name in os.environ) or not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # musl
+        return False
+    return all(mallopt(*each) for each in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _LARGEST_INT)))

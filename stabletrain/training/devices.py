@@ -19,6 +19,7 @@ from typing import Any
 from stabletrain import xla_settings
 
 xla_settings.apply()  # before JAX is imported
+xla_settings.keep_freed_memory()
 
 import jax
 import jax.numpy as jnp

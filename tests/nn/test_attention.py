@@ -19,6 +19,25 @@ def test_attention_is_the_average_of_the_values_by_softmax():
     np.testing.assert_allclose(attend(q, k, v), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_its_gradients_are_those_of_the_softmax_to_second_order():
+    def written_out(q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("blhd,bmhd->bhlm", q, k) / 2.0, axis=-1)
+        return jnp.einsum("bhlm,bmhd->blhd", weights, v)
+
+    with jax.enable_x64(True):
+        inputs = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 4), jnp.float64)
+
+        def gradients(attention):
+            def loss(inputs):
+                return jnp.sum(jnp.sin(attention(*inputs)))
+
+            slope = jax.grad(loss)(inputs)
+            return slope, jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(inputs)
+
+        for found, expected in zip(gradients(attend), gradients(written_out), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_the_softmax_survives_large_scores_and_is_float32_in_bfloat16():
     q = 100.0 * jax.random.normal(jax.random.key(0), (1, 4, 1, 8), jnp.bfloat16)
     out = attend(q, q, q)
