@@ -12,9 +12,11 @@ import pytest
 from stabletrain import xla_settings
 
 PAGES = """
-import os, resource
-import stabletrain.training.devices
+import resource
+from stabletrain.training.devices import configure_backend
 import jax, jax.numpy as jnp
+
+configure_backend(0, 1, compile_cache=False)
 
 @jax.jit
 def program(x):  # a product of 36 MiB in temporary memory

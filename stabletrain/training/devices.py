@@ -19,7 +19,6 @@ from typing import Any
 from stabletrain import xla_settings
 
 xla_settings.apply()  # before JAX is imported
-xla_settings.keep_freed_memory()
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +61,11 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def configure_backend(devices: int, batch_size: int, *, compile_cache: bool = True) -> None:
-    """Virtual CPU devices, and the cache of compiled programs. To be called before the first JAX computation.
+    """Virtual CPU devices, freed memory, the cache of compiled programs. To be called before the first JAX computation.
 
     `devices=0` leaves JAX its one CPU device, which uses every core (`benchmarks/cpu_devices.py`), or as many as
-    `JAX_NUM_CPU_DEVICES` says. Accelerators are not touched. Programs are kept in `JAX_COMPILATION_CACHE_DIR`, else
+    `JAX_NUM_CPU_DEVICES` says. Accelerators are not touched. glibc is made to keep freed memory, for the whole process
+    (`xla_settings.keep_freed_memory`). Programs are kept in `JAX_COMPILATION_CACHE_DIR`, else
     below `cache_home()`; if that cannot be written, a warning says so and the run goes on without. With
     `compile_cache=False` nothing is written anywhere.
 
@@ -73,6 +73,7 @@ def configure_backend(devices: int, batch_size: int, *, compile_cache: bool = Tr
     """
     if devices and batch_size % devices:
         raise ConfigError(_does_not_divide(batch_size, devices))
+    xla_settings.keep_freed_memory()
     if devices:
         _set_cpu_devices(devices)
     if compile_cache:
