@@ -14,7 +14,12 @@ What learning needs is v^T BE with v = dL/d<g>. That is the gradient of one weig
     v^T BE = d/dth sum_i c_i U_th(x_i),    c_i = -((g_i - mean(g)) . v) / (kT (N - 1)),
 
 one reverse pass, in which neither a Jacobian [D, P] nor gradients by sample [N, P] ever exist. The forms below (full
-sample, cross-fitted, released, local, reweighted) differ in nothing but the coefficients c.
+sample, cross-fitted, released, local, reweighted, within groups) differ in nothing but the coefficients c.
+
+**Within groups** (ours, not in the paper). By the law of total covariance Cov(g, dU/dth) is the mean of the covariance
+within each group of samples plus the covariance of the groups' means. Where a group is the short trajectory of one
+replica, the second term is that of slow modes, of which there are only as many samples as replicas: of few replicas it
+is mostly noise. With `group` it is left out: less variance, for a bias where slow modes matter to the observable.
 
 **Units**: energies and kT in eV, whatever the unit of g. **Shapes**: a sample is a pytree of arrays; N of them have a
 leading axis N. Everything is a pure function under jit, grad and vmap, in float32 and float64.
@@ -66,6 +71,7 @@ def boltzmann_gradient(
     minibatch: int | None = None,
     valid: jax.Array | None = None,
     order: jax.Array | None = None,
+    group: jax.Array | None = None,
     chunk_size: int = CHUNK,
 ) -> Params:
     """v^T BE, the gradient of v . <g> with respect to the parameters, by one reverse pass through N energies.
@@ -82,14 +88,18 @@ def boltzmann_gradient(
       code, which shuffles them first. The product is biased by 2 Cov(mean(g), Cov(g, dU)) within a minibatch. It has
       neither 1/kT nor N / (N - 1), so that for a constant v and one minibatch it is kT (N - 1) / N times BE.
 
+    With `group` the covariance is that within groups of samples, pooled; the mean observable that v is of stays that
+    of all samples.
+
     Shapes: positions [N, ...], observables [N, D], v [D], `valid` bool [N] (samples outside count for nothing, and may
-    hold anything, NaN too), `order` int [N], a permutation: which sample comes first.
-    Returns: a pytree like `params`; zero where fewer than two samples are valid.
-    Raises: `ValueError` for shapes that do not fit, an unknown `residual`, a `minibatch` where it means nothing.
+    hold anything, NaN too), `order` int [N], a permutation: which sample comes first; `group` int [N], from 0 to N - 1.
+    Returns: a pytree like `params`; zero where fewer than two samples (of one group) are valid.
+    Raises: `ValueError` for shapes that do not fit, an unknown `residual`, a `minibatch` or `group` where it means
+    nothing.
     Source: Raja et al. 2025, Eqs. 2 to 4.
     """
     coefficients = boltzmann_coefficients(
-        observables, cotangent, kT=kT, residual=residual, minibatch=minibatch, valid=valid, order=order
+        observables, cotangent, kT=kT, residual=residual, minibatch=minibatch, valid=valid, order=order, group=group
     )
     if valid is None:
         return weighted_energy_gradient(energy_fn, params, positions, coefficients, chunk_size=chunk_size)
@@ -108,6 +118,7 @@ def boltzmann_coefficients(
     minibatch: int | None = None,
     valid: jax.Array | None = None,
     order: jax.Array | None = None,
+    group: jax.Array | None = None,
 ) -> jax.Array:
     """The c_i with d/dth sum_i c_i U_th(x_i) = v^T BE, in the forms of `boltzmann_gradient`, which says the rest.
 
@@ -121,12 +132,19 @@ def boltzmann_coefficients(
     kept = jnp.ones(count, bool) if valid is None else valid
     if kept.shape != (count,):
         raise ValueError(f"valid must have the shape {(count,)}, not {kept.shape}")
+    if group is not None and residual == "released":
+        raise ValueError("the released estimator's covariance is that of minibatches: it has no groups")
+    if group is not None and group.shape != (count,):
+        raise ValueError(f"group must have the shape {(count,)}, not {group.shape}")
     observables = jnp.where(kept[:, None], observables, 0)
     if order is None:
-        return _in_order(observables, kept, cotangent, kT=kT, residual=residual, minibatch=minibatch)
+        return _in_order(observables, kept, cotangent, group, kT=kT, residual=residual, minibatch=minibatch)
     if order.shape != (count,):
         raise ValueError(f"order must have the shape {(count,)}, not {order.shape}")
-    ordered = _in_order(observables[order], kept[order], cotangent, kT=kT, residual=residual, minibatch=minibatch)
+    group = None if group is None else group[order]
+    ordered = _in_order(
+        observables[order], kept[order], cotangent, group, kT=kT, residual=residual, minibatch=minibatch
+    )
     return jnp.zeros_like(ordered).at[order].set(ordered)
 
 
@@ -134,6 +152,7 @@ def _in_order(
     observables: jax.Array,
     kept: jax.Array,
     cotangent: Cotangent,
+    group: jax.Array | None,
     *,
     kT: float | jax.Array,
     residual: Residual,
@@ -142,13 +161,13 @@ def _in_order(
     cotangent_of = cotangent if callable(cotangent) else lambda mean: cotangent
 
     if residual == "full-sample":
-        return _covariance_coefficients(observables, kept, cotangent_of(_mean(observables, kept))) / kT
+        return _covariance_coefficients(observables, kept, cotangent_of(_mean(observables, kept)), group) / kT
     if residual == "cross-fitted":
         # Halves of the valid samples: a replica that failed must not leave one half empty.
         first = kept & (jnp.cumsum(kept) <= jnp.sum(kept) // 2)
         second = kept & ~first
         by_half = [
-            _covariance_coefficients(observables, own, cotangent_of(_mean(observables, other)))
+            _covariance_coefficients(observables, own, cotangent_of(_mean(observables, other)), group)
             for own, other in ((first, second), (second, first))
         ]
         return (by_half[0] + by_half[1]) / (2 * kT)
@@ -163,10 +182,30 @@ def _mean(values: jax.Array, kept: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(kept[:, None], values, 0), axis=0) / jnp.maximum(jnp.sum(kept), 1)
 
 
-def _covariance_coefficients(observables: jax.Array, kept: jax.Array, v: jax.Array) -> jax.Array:
-    """-((g_i - mean(g)) . v) / (N - 1): the c_i without 1/kT. Zero for samples that are not kept."""
-    deviations = (observables - _mean(observables, kept)) @ v
-    return jnp.where(kept, -deviations, 0) / jnp.maximum(jnp.sum(kept) - 1, 1)
+def _covariance_coefficients(
+    observables: jax.Array, kept: jax.Array, v: jax.Array, group: jax.Array | None
+) -> jax.Array:
+    """-((g_i - mean(g)) . v) / (N - 1): the c_i without 1/kT. Zero for samples that are not kept.
+
+    Within groups the mean is that of the sample's own, and N - 1 is N less the number of groups with a sample.
+    """
+    if group is None:
+        deviations = (observables - _mean(observables, kept)) @ v
+        return jnp.where(kept, -deviations, 0) / jnp.maximum(jnp.sum(kept) - 1, 1)
+    along = observables @ v
+    mean, total = _group_means(along, kept.astype(along.dtype), group)
+    deviations = jnp.where(kept, mean - along, 0)
+    return deviations / jnp.maximum(jnp.sum(kept) - jnp.sum(total > 0), 1)
+
+
+def _group_means(values: jax.Array, weights: jax.Array, group: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each sample the weighted mean over its group, and the weight of each group: [N], [N], int [N] -> [N], [N]."""
+
+    def total(x: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(x, group, num_segments=len(group))
+
+    weight = total(weights)
+    return (total(weights * values) / jnp.where(weight > 0, weight, 1))[group], weight
 
 
 def _released_coefficients(
@@ -372,20 +411,25 @@ def reweighted_gradient(
     *,
     kT: float | jax.Array,
     reference_energies: jax.Array,
+    group: jax.Array | None = None,
     chunk_size: int = CHUNK,
 ) -> Params:
     """v^T d<g>_w/dth of the reweighted mean <g>_w = sum_i w_i g_i (DiffTRe), for samples of another potential.
 
     `reference_energies` are U_ref(x_i) of the potential that was simulated, in eV. At U = U_ref it is (N - 1) / N
     times `boltzmann_gradient`; further off, check `may_reuse(reweighting(...))` first: few samples carry the weight.
-    One forward pass in chunks for the weights, one reverse pass in chunks for the gradient.
+    One forward pass in chunks for the weights, one reverse pass in chunks for the gradient. With `group` the weighted
+    covariance is that within groups, as in `boltzmann_gradient`.
 
     Shapes: positions [N, ...], observables [N, D], reference_energies [N], v [D] or the function of <g>_w that gives
-    it. Returns: a pytree like `params`. Source: Thaler & Zavadlav 2021, Eqs. 4 and 5.
+    it, `group` int [N], from 0 to N - 1. Returns: a pytree like `params`. Source: Thaler & Zavadlav 2021, Eqs. 4 and 5.
     """
     energies = energies_of(energy_fn, params, positions, chunk_size=chunk_size)
     weights = reweighting(energies, reference_energies, kT=kT)
     mean = weights @ observables
     v = cotangent(mean) if callable(cotangent) else cotangent
-    coefficients = -weights * ((observables - mean) @ v) / kT
+    along = (observables - mean) @ v
+    if group is not None:
+        along = along - _group_means(along, weights, group)[0]
+    coefficients = -weights * along / kT
     return weighted_energy_gradient(energy_fn, params, positions, coefficients, chunk_size=chunk_size)

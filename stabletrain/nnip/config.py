@@ -44,7 +44,9 @@ class NnipConfig(StableOptions, TrainConfig):
     """Training an interatomic potential on energies and forces, and StABlE Training of one."""
 
     dataset: str = option(
-        "aspirin-xtb", "Data set: aspirin-xtb and ethanol-xtb are bundled, water-flexible is made once.", panel=DATA
+        "aspirin-xtb",
+        "Data set: aspirin-xtb, ethanol-xtb and ac-ala3-xtb are bundled, water-flexible is made once.",
+        panel=DATA,
     )
     data: str | None = option(None, "Your own frames: .npz (R, E, F, z) or a file that ASE reads.", panel=DATA)
     energy_unit: str | None = option(

@@ -26,7 +26,11 @@ HARTREE, BOHR = 27.211386246, 0.529177210903
 """In eV and in A (CODATA 2018)."""
 UNITS = {"eV": 1.0, "kcal/mol": KCAL_PER_MOL, "kJ/mol": KCAL_PER_MOL / 4.184, "hartree": HARTREE}
 LENGTH_UNITS = {"A": 1.0, "bohr": BOHR}
-BUNDLED = {"aspirin-xtb": "aspirin_xtb.npz", "ethanol-xtb": "ethanol_xtb.npz"}
+BUNDLED = {
+    "aspirin-xtb": "aspirin_xtb.npz",
+    "ethanol-xtb": "ethanol_xtb.npz",
+    "ac-ala3-xtb": "ac_ala3_xtb.npz",
+}
 """Data sets that come with the program."""
 MADE = ("water-flexible",)
 """Data sets that the program makes when they are first asked for, and keeps in its cache."""

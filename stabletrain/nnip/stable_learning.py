@@ -61,7 +61,12 @@ class Estimator:
     kT: float  # eV
     residual: Residual = "full-sample"
     minibatch: int | None = None
+    replicas: int | None = None  # the covariance within each of so many equal runs of samples; None: of all samples
     chunk: int = 64  # structures at once
+
+    def group(self, count: int) -> Array | None:
+        """Which replica each of `count` samples is of, where the covariance is within replicas: int [N]."""
+        return None if self.replicas is None else jnp.arange(count) // (count // self.replicas)
 
 
 ObservableGradient = Callable[[Potential, Params, Array, Array, Array], Learned]
@@ -95,7 +100,7 @@ def distances_target(observable: StaticObservable, frames: np.ndarray) -> Array:
 
 
 def distances_gradient(observable: StaticObservable, target: Array, estimator: Estimator) -> ObservableGradient:
-    """Learning h(r): one sample is one frame."""
+    """Learning h(r): one sample is one frame, those of a replica one after the other."""
     unit = estimator.kT if estimator.residual != "released" else 1.0
 
     def gradient(potential: Potential, params: Params, positions: Array, valid: Array, key: Array) -> Learned:
@@ -111,6 +116,7 @@ def distances_gradient(observable: StaticObservable, target: Array, estimator: E
             minibatch=estimator.minibatch,
             valid=valid,
             order=_order(key, len(valid), estimator),
+            group=estimator.group(len(valid)),
             chunk_size=estimator.chunk,
         )
         loss = observable_loss(mean_curve(curves, valid), target)
@@ -145,6 +151,7 @@ def distances_again(
             squared_error_cotangent(target),
             kT=estimator.kT,
             reference_energies=reference,
+            group=estimator.group(len(valid)),
             chunk_size=estimator.chunk,
         )
         loss = observable_loss(weights @ curves, target)

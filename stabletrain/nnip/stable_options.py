@@ -14,6 +14,7 @@ DYNAMICS, STABLE, BENCHMARK = "Dynamics", "StABlE Training", "Stability benchmar
 THERMOSTATS = ("nose-hoover", "langevin", "baoab")
 OBSERVABLES = ("distances", "bond-lengths", "none")
 RESIDUAL_NAMES = ("full-sample", "cross-fitted", "released")
+COVARIANCES = ("total", "within-replicas")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,13 @@ class StableOptions:
     )
     residual: str = option(
         "full-sample", "Which sample the observable's residual is taken of.", panel=STABLE, choices=RESIDUAL_NAMES
+    )
+    covariance: str = option(
+        "total",
+        "Covariance of observable and energy gradient: of all frames, as in the paper, or of those of each replica, "
+        "without that of their means, which is mostly noise where replicas are few (h(r) only).",
+        panel=STABLE,
+        choices=COVARIANCES,
     )
     residual_batch: int = option(40, "--residual released: samples in a minibatch.", panel=STABLE, minimum=2)
     energy_force_weight: float = option(
@@ -91,11 +99,11 @@ class StableOptions:
         maximum=1.0,
     )
     gradient_chunk: int = option(
-        64,
+        0,
         "Structures whose energies are differentiated at once in a learning step, half as many with their forces: "
-        "fewer need less memory.",
+        "fewer need less memory. 0 chooses: 16 on a CPU, whose caches hold no more, else 64.",
         panel=STABLE,
-        minimum=1,
+        minimum=0,
     )
     max_bond_deviation: float | None = option(
         None, "Unstable: a bond this much longer or shorter than its mean, in A.", panel=STABLE, minimum=0.0
@@ -124,6 +132,15 @@ def stable_problems(config: StableOptions) -> list[str]:
         found.append(f"--frame-every {config.frame_every} does not divide --window {config.window}")
     if config.residual != "full-sample" and config.observable == "none":
         found.append(f"--residual {config.residual} does nothing with --observable none")
+    if config.covariance == "within-replicas" and config.observable != "distances":
+        found.append(f"--covariance within-replicas is for --observable distances, not {config.observable}")
+    if config.covariance == "within-replicas" and config.residual == "released":
+        found.append("--covariance within-replicas does not go with --residual released, which has that of minibatches")
+    if config.covariance == "within-replicas" and config.window == config.frame_every:
+        found.append(
+            f"--covariance within-replicas needs two frames of a window: --frame-every {config.frame_every} is all of "
+            f"--window {config.window}"
+        )
     if config.reuse_steps > 1 and config.observable == "bond-lengths":
         found.append("--reuse-steps reweights --observable distances, not bond-lengths")
     if config.temperature in config.benchmark_temperatures:

@@ -293,6 +293,8 @@ def test_memory_does_not_grow_with_the_number_of_samples(params) -> None:
         ({"residual": "released", "minibatch": 0}, "at least one sample"),
         ({"chunk_size": 0}, "at least one sample"),
         ({"valid": jnp.ones(3, bool)}, "valid must have the shape"),
+        ({"group": jnp.zeros(3, int)}, "group must have the shape"),
+        ({"residual": "released", "minibatch": 4, "group": jnp.zeros(23, int)}, "no groups"),
     ],
 )
 def test_bad_options_are_refused(params, samples, options, message: str) -> None:
@@ -307,6 +309,84 @@ def test_shapes_that_do_not_fit_are_refused(params, samples) -> None:
         boltzmann_gradient(energy, params, x[:20], g, jnp.ones(5), kT=KT)
     with pytest.raises(ValueError, match=r"\[N, D\]"):
         boltzmann_gradient(energy, params, x, g[:, 0], jnp.ones(5), kT=KT)
+
+
+# --- within groups ----------------------------------------------------------------------------------------------------
+
+GROUP = jnp.asarray([5, 0, 9] * 7 + [0, 5])  # three groups of 7 and 8 samples, in no order
+
+
+def test_covariance_within_groups_is_equation_4_of_each_pooled(params, samples) -> None:
+    x, g = samples
+    v = jnp.linspace(-1, 2, 5)
+    expected = 0.0
+    for one in (0, 5, 9):
+        part = np.flatnonzero(np.asarray(GROUP) == one)
+        expected = expected + (len(part) - 1) / (23 - 3) * (
+            np.asarray(v) @ equation_4(params, x[part], np.asarray(g)[part])
+        )
+    ours = boltzmann_gradient(energy, params, x, g, v, kT=KT, group=GROUP)
+    np.testing.assert_allclose(flat(ours), expected, atol=EXACT)
+    assert np.abs(flat(ours) - flat(boltzmann_gradient(energy, params, x, g, v, kT=KT))).max() > 1e-2
+
+    weights = jax.nn.softmax(jnp.linspace(-1, 1, 23))
+    reference = energies_of(energy, params, x) + KT * jnp.log(weights)  # so that these are the weights
+    reweighted = reweighted_gradient(energy, params, x, g, v, kT=KT, reference_energies=reference, group=GROUP)
+    gradients = jax.vmap(jax.grad(energy), (None, 0))(params, x)
+    by_sample = np.concatenate([np.reshape(leaf, (23, -1)) for leaf in jax.tree.leaves(gradients)], axis=1)
+    total = 0.0
+    for one in (0, 5, 9):
+        part = np.flatnonzero(np.asarray(GROUP) == one)
+        w = np.asarray(weights)[part]
+        along = np.asarray(g)[part] @ np.asarray(v)
+        centred = by_sample[part] - w @ by_sample[part] / w.sum()
+        total = total - (w * (along - w @ along / w.sum())) @ centred / KT
+    np.testing.assert_allclose(flat(reweighted), total, atol=EXACT)
+
+
+@pytest.mark.parametrize("residual", ["full-sample", "cross-fitted"])
+def test_one_group_is_the_whole_and_groups_go_with_order_and_valid(params, samples, residual) -> None:
+    x, g = samples
+    cotangent = squared_error_cotangent(jnp.arange(5.0))
+    options = {"kT": KT, "residual": residual}
+    whole = boltzmann_gradient(energy, params, x, g, cotangent, **options)
+    one = boltzmann_gradient(energy, params, x, g, cotangent, group=jnp.full(23, 3), **options)
+    np.testing.assert_allclose(flat(one), flat(whole), atol=EXACT)
+
+    valid = (jnp.arange(23) % 5 != 2) & (GROUP != 9)  # a whole group counts for nothing
+    order = jnp.asarray(np.random.default_rng(5).permutation(23))
+    expected = boltzmann_gradient(
+        energy, params, x[order], g[order], cotangent, valid=valid[order], group=GROUP[order], **options
+    )
+    broken = jnp.where(valid[:, None], x, jnp.nan)
+    ours = boltzmann_gradient(
+        energy, params, broken, g, cotangent, valid=valid, order=order, group=GROUP, **options
+    )  # fmt: skip
+    np.testing.assert_allclose(flat(ours), flat(expected), atol=EXACT)
+
+
+def test_within_groups_leaves_out_the_noise_of_what_differs_between_them() -> None:
+    """An oscillator x in 16 replicas of 50 samples, each at its own value y of a slow mode that g and dU/dk see too."""
+    replicas, each, k = 16, 50, 2.0
+    group = jnp.arange(replicas * each) // each
+
+    def oscillator(k: jax.Array, sample: jax.Array) -> jax.Array:
+        return 0.5 * k * (sample[0] ** 2 + sample[1])
+
+    def estimates(key: jax.Array) -> jax.Array:
+        fast, slow = jax.random.split(key)
+        x = jnp.sqrt(KT / k) * jax.random.normal(fast, (replicas * each,))
+        y = 0.3 * jnp.repeat(jax.random.normal(slow, (replicas,)), each)
+        sample, g = jnp.stack([x, y], axis=1), (x**2 + y)[:, None]
+        both = None, group
+        return jnp.stack([boltzmann_gradient(oscillator, k, sample, g, jnp.ones(1), kT=KT, group=one) for one in both])
+
+    found = np.asarray(jax.vmap(estimates)(jax.random.split(jax.random.key(0), 200)))
+    fast, slow = KT / k**2, 0.3**2 / (2 * KT)  # -d<x^2>/dk, and the variance of y that the total has besides
+    error = found.std(axis=0) / np.sqrt(200)
+    expected = np.array([-fast - slow * 750 / 799, -fast])
+    assert (np.abs(found.mean(axis=0) - expected) < 4 * error).all()
+    assert found[:, 1].std() < 0.05 * found[:, 0].std()
 
 
 # --- local observables ------------------------------------------------------------------------------------------------

@@ -222,15 +222,17 @@ def test_the_water_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mon
         read_frames("water-flexibel", None)
 
 
-def test_the_bundled_aspirin_says_how_it_was_made_and_stays_within_its_bonds() -> None:
+@pytest.mark.parametrize(("dataset", "shape"), [("aspirin-xtb", (600, 21, 3)), ("ac-ala3-xtb", (400, 42, 3))])
+def test_a_bundled_set_says_how_it_was_made_and_stays_within_its_bonds(dataset: str, shape: tuple[int, ...]) -> None:
     from importlib import resources
 
+    from stabletrain.nnip.frames import BUNDLED
     from stabletrain.nnip.reference_md import provenance_of
 
-    frames = read_frames("aspirin-xtb", None)
-    assert frames.positions.shape == (600, 21, 3)
+    frames = read_frames(dataset, None)
+    assert frames.positions.shape == shape
     lengths = np.linalg.norm(np.diff(frames.positions[:, frames.system.bonds], axis=2)[:, :, 0], axis=-1)
     assert np.abs(lengths - lengths.mean(axis=0)).max() < 0.25  # the criterion refuses nothing of the reference
-    with resources.as_file(resources.files("stabletrain.nnip") / "bundled" / "aspirin_xtb.npz") as path:
+    with resources.as_file(resources.files("stabletrain.nnip") / "bundled" / BUNDLED[dataset]) as path:
         about = provenance_of(path)
     assert (about["program"], about["temperature"], about["spacing"]) == ("tblite, GFN2-xTB", 500.0, 10.0)

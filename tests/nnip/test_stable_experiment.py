@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from stabletrain.errors import ConfigError
+from stabletrain.methods.stable import boltzmann_gradient
 from stabletrain.nnip.pairs import Pairs
 from stabletrain.nnip.potential import EnergyScale, Potential
 from stabletrain.nnip.stable_experiment import StableExperiment
@@ -30,6 +31,7 @@ from stabletrain.nnip.stable_options import StableOptions, check_stable
 from stabletrain.nnip.stable_phases import Progress
 from stabletrain.nnip.stable_state import loaded, stored
 from stabletrain.nnip.systems import make_system
+from stabletrain.nnip.units import thermal_energy
 from stabletrain.training.config import TrainConfig, make_config, option
 from stabletrain.training.devices import make_mesh
 from stabletrain.training.loop import train
@@ -286,6 +288,31 @@ def test_fewer_structures_at_once_learn_the_same() -> None:
     assert "f32[2,10,3,3]" not in large
 
 
+def test_the_covariance_within_replicas_is_that_of_each_replicas_frames() -> None:
+    """Fresh and reweighted steps see, of what the paper's estimator sees, each replica's frames for themselves."""
+    stable = experiment(covariance="within-replicas", energy_force_weight=0.0)
+    state = fresh_state(stable)
+    _, frames = stable._simulator.window(SOFT, state.swarm, jax.random.key(3))
+    positions = frames.position.reshape(-1, 3, 3)
+    valid, reference = frames.alive.reshape(-1), frames.energy.reshape(-1)
+    assert len(positions) == 16
+
+    observable = distances_observable(SYSTEM, 10.0)
+    curves = observable.of_frames(positions) * observable.spacing * 100
+    v = 2 * (curves.mean(0) - distances_target(observable, FRAMES.positions))
+    kT = thermal_energy(500.0)
+    expected = 0.0
+    for replica in range(4):
+        part = slice(4 * replica, 4 * replica + 4)
+        slope = boltzmann_gradient(POTENTIAL.energy, SOFT, positions[part], curves[part], v, kT=kT)
+        expected += kT * float(slope["stiffness"]) * 3 / 12  # 3 of 4 - 1 each, over 16 - 4
+    fresh = stable._gradient(POTENTIAL, SOFT, positions, valid, jax.random.key(0)).gradient
+    assert float(fresh["stiffness"]) == pytest.approx(expected, rel=1e-3)
+    again, weights = stable._again(POTENTIAL, SOFT, positions, valid, reference)
+    np.testing.assert_allclose(weights, 1 / 16, rtol=1e-3)
+    assert float(again.gradient["stiffness"]) == pytest.approx(expected * 12 / 16, rel=1e-3)
+
+
 def test_h_of_r_reaches_as_far_as_it_is_asked_to(tmp_path: Path) -> None:
     directory = run(tmp_path / "run", experiment(steps=1, benchmark_replicas=4, distance_reach=1.2))
     row = directory.rows()[-1]
@@ -396,6 +423,10 @@ def test_an_evaluation_at_other_temperatures_reports_survival_alone(tmp_path: Pa
         ({"frame_every": 7}, "does not divide"),
         ({"observable": "none", "residual": "released"}, "does nothing"),
         ({"observable": "bond-lengths", "reuse_steps": 2}, "--reuse-steps"),
+        ({"covariance": "within-replicas", "observable": "bond-lengths"}, "is for --observable distances"),
+        ({"covariance": "within-replicas", "observable": "none"}, "is for --observable distances"),
+        ({"covariance": "within-replicas", "residual": "released"}, "does not go with"),
+        ({"covariance": "within-replicas", "frame_every": 20}, "needs two frames"),
         ({"min_unstable": 0.8}, "must be below"),
         ({"benchmark_temperatures": (300.0, 500.0), "benchmark_replicas": 4}, "holds 500, at which it is run anyway"),
         ({"benchmark_temperatures": (300.0,), "benchmark_replicas": 0}, "does nothing"),
