@@ -18,8 +18,9 @@ sample, cross-fitted, released, local, reweighted, within groups) differ in noth
 
 **Within groups** (ours, not in the paper). By the law of total covariance Cov(g, dU/dth) is the mean of the covariance
 within each group of samples plus the covariance of the groups' means. Where a group is the short trajectory of one
-replica, the second term is that of slow modes, of which there are only as many samples as replicas: of few replicas it
-is mostly noise. With `group` it is left out: less variance, for a bias where slow modes matter to the observable.
+replica, the second term has as many samples as there are replicas, and is the ensemble's only if these are in
+equilibrium with each other, which those that failed are not. With `group` it is left out, and with it what slow modes
+contribute.
 
 **Units**: energies and kT in eV, whatever the unit of g. **Shapes**: a sample is a pytree of arrays; N of them have a
 leading axis N. Everything is a pure function under jit, grad and vmap, in float32 and float64.

@@ -55,7 +55,7 @@ class StableOptions:
     covariance: str = option(
         "total",
         "Covariance of observable and energy gradient: of all frames, as in the paper, or of those of each replica, "
-        "without that of their means, which is mostly noise where replicas are few (h(r) only).",
+        "without that of the replicas' means (h(r) only).",
         panel=STABLE,
         choices=COVARIANCES,
     )
