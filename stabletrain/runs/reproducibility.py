@@ -53,10 +53,11 @@ def summary(experiments: Path, results: Path) -> str:
             document = found[spec.name, scale]
             if document:
                 lines += [_made_with(scale, document), "", _markdown(results, spec, scale).strip(), ""]
+        defined = [scale for scale in SCALES if any(scale in row.scales for row in spec.rows)]
         if not any(found[spec.name, scale] for scale in SCALES):
-            lines += ["Not run. " + _how(spec), ""]
+            lines += ["Not run. " + _how(spec, defined[0]), ""]
             lines += [f"- {item}" for item in spec.deviations]
-        elif not found[spec.name, "paper"]:
+        elif "paper" in defined and not found[spec.name, "paper"]:
             lines.append(f"Full scale: not run. {_how(spec, 'paper')}")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -95,7 +96,7 @@ def _made_with(scale: str, document: dict[str, Any]) -> str:
     return f"**{scale}**: {environment['runs']} runs, {dates}, {hours:.2f} hours of runs on {devices}; {named}."
 
 
-def _how(spec: TableSpec, scale: str = "small") -> str:
+def _how(spec: TableSpec, scale: str) -> str:
     return f"`make table-{spec.name.replace('/', '-', 1)} SCALE={scale}` does it."
 
 

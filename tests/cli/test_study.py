@@ -12,6 +12,7 @@ import pytest
 
 from stabletrain.cli import study, table
 from stabletrain.runs.engine import LocalEngine
+from stabletrain.runs.reproducibility import summary
 from tests.cli.conftest import Command
 
 PROGRAM = Path(__file__).with_name("toy_program.py")
@@ -172,7 +173,17 @@ def test_a_table_from_nothing_and_again_after_a_loss(command: Command, engine: N
     assert said.code == 0
     page = (experiments / "REPRODUCIBILITY.md").read_text()
     assert "| [paper/toy](#papertoy) | A toy table | run, 2 seeds | not defined |" in page
+    assert "SCALE=paper" not in page  # which this table does not have
     assert str(experiments) not in page
+
+
+@pytest.mark.parametrize("scale", ["small", "paper"])
+def test_a_table_that_was_not_run_names_a_scale_that_it_has(experiments: Path, scale: str) -> None:
+    for path in (experiments / "experiments" / "paper" / "toy").glob("*.toml"):
+        path.write_text(path.read_text().replace("small", scale))
+    page = summary(experiments / "experiments", experiments / "results")
+    assert f"Not run. `make table-paper-toy SCALE={scale}` does it." in page
+    assert page.count("SCALE=") == 1
 
 
 def test_listing_says_what_is_left_to_do(command: Command, experiments: Path) -> None:

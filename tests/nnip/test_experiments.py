@@ -17,7 +17,7 @@ from stabletrain.training.config import to_toml
 ROOT = Path(__file__).parents[2] / "experiments"
 TABLES = [name for name in find_tables(ROOT) if name.startswith("stable/")]
 EACH = list(itertools.product(TABLES, SCALES))
-NO_PAPER = {"stable/aspirin-xtb", "stable/ethanol"}
+NO_PAPER = {"stable/aspirin-xtb", "stable/ethanol", "stable/within-replicas"}
 NO_SMALL = {"stable/ac-ala3"}
 SEED = 3
 
