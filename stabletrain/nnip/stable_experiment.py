@@ -52,8 +52,8 @@ from stabletrain.training.stability import Policy, guarded_update, init_monitor
 Array = jax.Array
 
 CPU_CHUNK = 16
-"""Structures that a reverse pass takes at once on a CPU: of 64 it takes 1.3 to 2.5 times as long, since the pairs'
-features leave the caches. Elsewhere `CHUNK`."""
+"""Structures that a reverse pass takes at once on a CPU: of 64 it takes 1.1 to 1.6 times as long
+(`benchmarks/gradient_chunk.py`), since the pairs' features leave the caches. Elsewhere `CHUNK`."""
 WINDOW_STREAM, CHOICE_STREAM, LEARNING_STREAM = 0, 1, 2
 """What a step's key is folded with for the dynamics, the restarts, and the estimator's shuffling."""
 
