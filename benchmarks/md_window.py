@@ -257,17 +257,24 @@ def of_gradient(options: argparse.Namespace, potential: Any, params: Any, frames
     import jax
     import jax.numpy as jnp
 
-    from stabletrain.nnip.stable_learning import Estimator, distances_gradient, distances_observable, distances_target
+    from stabletrain.nnip.stable_learning import (
+        Estimator,
+        distances_gradient,
+        distances_observable,
+        distances_of,
+        distances_target,
+    )
     from stabletrain.nnip.units import thermal_energy
 
     observable = distances_observable(potential.system, 10.0)
     target = distances_target(observable, frames.positions[:200])
-    learn = distances_gradient(observable, target, Estimator(thermal_energy(TEMPERATURE)))
+    measure = distances_of(observable)
+    learn = distances_gradient(target, Estimator(thermal_energy(TEMPERATURE)))
     many = jnp.asarray(frames.positions[np.arange(STRUCTURES) % len(frames)], jnp.float32)
     rows = []
     for count in (STRUCTURES // 8, STRUCTURES):
         program = jax.jit(
-            lambda p, x: learn(potential, p, x, jnp.ones(len(x), bool), jax.random.key(0)).gradient
+            lambda p, x: learn(potential, p, x, measure(x), jnp.ones(len(x), bool), jax.random.key(0)).gradient
         ).lower(params, many[:count]).compile()  # fmt: skip
 
         def run() -> None:

@@ -412,6 +412,7 @@ def reweighted_gradient(
     *,
     kT: float | jax.Array,
     reference_energies: jax.Array,
+    energies: jax.Array | None = None,
     group: jax.Array | None = None,
     chunk_size: int = CHUNK,
 ) -> Params:
@@ -419,13 +420,14 @@ def reweighted_gradient(
 
     `reference_energies` are U_ref(x_i) of the potential that was simulated, in eV. At U = U_ref it is (N - 1) / N
     times `boltzmann_gradient`; further off, check `may_reuse(reweighting(...))` first: few samples carry the weight.
-    One forward pass in chunks for the weights, one reverse pass in chunks for the gradient. With `group` the weighted
-    covariance is that within groups, as in `boltzmann_gradient`.
+    One forward pass in chunks for the weights, unless `energies` already gives U(x_i), and one reverse pass in chunks
+    for the gradient. With `group` the weighted covariance is that within groups, as in `boltzmann_gradient`.
 
-    Shapes: positions [N, ...], observables [N, D], reference_energies [N], v [D] or the function of <g>_w that gives
-    it, `group` int [N], from 0 to N - 1. Returns: a pytree like `params`. Source: Thaler & Zavadlav 2021, Eqs. 4 and 5.
+    Shapes: positions [N, ...], observables [N, D], both energies [N], v [D] or the function of <g>_w that gives it,
+    `group` int [N], from 0 to N - 1. Returns: a pytree like `params`. Source: Thaler & Zavadlav 2021, Eqs. 4 and 5.
     """
-    energies = energies_of(energy_fn, params, positions, chunk_size=chunk_size)
+    if energies is None:
+        energies = energies_of(energy_fn, params, positions, chunk_size=chunk_size)
     weights = reweighting(energies, reference_energies, kT=kT)
     mean = weights @ observables
     v = cotangent(mean) if callable(cotangent) else cotangent

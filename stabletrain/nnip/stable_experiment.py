@@ -30,13 +30,18 @@ from stabletrain.nnip.stable_learning import (
     REFERENCE_FRAMES,
     Estimator,
     Learned,
+    ObservableGradient,
+    Observe,
+    ReweightedGradient,
     StructureLoss,
     Structures,
     bonds_gradient,
+    bonds_of,
     bonds_target,
     distances_again,
     distances_gradient,
     distances_observable,
+    distances_of,
     distances_target,
     equal_molecules,
     mean_loss_and_gradient,
@@ -172,8 +177,9 @@ class StableExperiment:
         )
         if self.system.periodic and config.distance_reach != StableOptions.distance_reach:
             raise ConfigError("--distance-reach is for molecules: in a cell the distributions reach as far as it does")
-        self._gradient: Any = None
-        self._again: Any = None
+        self._observe: Observe | None = None
+        self._gradient: ObservableGradient | None = None
+        self._again: ReweightedGradient | None = None
         if config.observable == "distances":
             if self.system.cell is not None:
                 raise ConfigError(
@@ -182,15 +188,17 @@ class StableExperiment:
                 )
             observable = distances_observable(self.system, config.distance_reach)
             target = distances_target(observable, np.asarray(self._reference_frames))
-            self._gradient = distances_gradient(observable, target, estimator)
-            self._again = distances_again(observable, target, estimator)
+            self._observe = distances_of(observable)
+            self._gradient = distances_gradient(target, estimator)
+            self._again = distances_again(target, estimator)
         elif config.observable == "bond-lengths":
             try:
                 which = equal_molecules(self.system)
             except ValueError as error:
                 raise ConfigError(f"--observable bond-lengths: {error}") from error
             target = bonds_target(self._bond_lengths, which)
-            self._gradient = bonds_gradient(self.system, which, target, estimator, config.replicas)
+            self._observe = bonds_of(self.system, which)
+            self._gradient = bonds_gradient(which, target, estimator, config.replicas)
 
     # --- the state ----------------------------------------------------------------------------------------------------
 
@@ -318,16 +326,17 @@ class StableExperiment:
         positions = frames.position.reshape(-1, self.system.count, 3)
         valid = frames.alive.reshape(-1)
         reference = frames.energy.reshape(-1)
+        measured = None if self._observe is None else self._compiled("observe", self._observe)(positions)
         key = jax.random.fold_in(key, LEARNING_STREAM)
         learn = self._compiled("learn", self._learn_fresh)
-        state, metrics = learn(state, positions, valid, reference, key, jnp.float32(rate))
+        state, metrics = learn(state, positions, measured, valid, key, jnp.float32(rate))
         steps = 1
         while steps < config.reuse_steps:
             if self._again is None:
-                state, metrics = learn(state, positions, valid, reference, key, jnp.float32(rate))
+                state, metrics = learn(state, positions, measured, valid, key, jnp.float32(rate))
             else:
                 again = self._compiled("again", self._learn_again)
-                proposed, share, learnt = again(state, positions, valid, reference, jnp.float32(rate))
+                proposed, share, learnt = again(state, positions, measured, valid, reference, jnp.float32(rate))
                 if not float(share) >= config.reuse_ratio:
                     break
                 state, metrics = proposed, learnt
@@ -335,18 +344,19 @@ class StableExperiment:
         return dataclasses.replace(state, updates=state.updates + steps), {**metrics, "stable/updates": float(steps)}
 
     def _learn_fresh(
-        self, state: StableState, positions: Array, valid: Array, reference: Array, key: Array, rate: Array
+        self, state: StableState, positions: Array, measured: Array | None, valid: Array, key: Array, rate: Array
     ) -> tuple[StableState, dict[str, Array]]:
-        potential = self.potential
         learned = None
         if self._gradient is not None:
-            learned = self._gradient(potential, state.params, positions, valid, key)
+            assert measured is not None
+            learned = self._gradient(self.potential, state.params, positions, measured, valid, key)
         return self._updated(state, learned, rate)
 
     def _learn_again(
-        self, state: StableState, positions: Array, valid: Array, reference: Array, rate: Array
+        self, state: StableState, positions: Array, measured: Array, valid: Array, reference: Array, rate: Array
     ) -> tuple[StableState, Array, dict[str, Array]]:
-        learned, weights = self._again(self.potential, state.params, positions, valid, reference)
+        assert self._again is not None
+        learned, weights = self._again(self.potential, state.params, positions, measured, valid, reference)
         share = effective_sample_size(weights) / jnp.maximum(jnp.sum(valid), 1)
         state, metrics = self._updated(state, learned, rate)
         return state, share, metrics

@@ -69,8 +69,13 @@ class Estimator:
         return None if self.replicas is None else jnp.arange(count) // (count // self.replicas)
 
 
-ObservableGradient = Callable[[Potential, Params, Array, Array, Array], Learned]
-"""(potential, params, positions [N, n, 3], valid [N], key) -> loss and gradient."""
+Observe = Callable[[Array], Array]
+"""positions [N, n, 3] -> what an observable measures of each frame, [N, ...]: once for a window."""
+ObservableGradient = Callable[[Potential, Params, Array, Array, Array, Array], Learned]
+"""(potential, params, positions [N, n, 3], measured [N, ...], valid [N], key) -> loss and gradient."""
+ReweightedGradient = Callable[[Potential, Params, Array, Array, Array, Array], tuple[Learned, Array]]
+"""(potential, params, positions [N, n, 3], measured [N, ...], valid [N], energies of the potential that was simulated
+[N] eV) -> loss and gradient; weights [N]."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +98,23 @@ class Structures:
 # --- h(r) -------------------------------------------------------------------------------------------------------------
 
 
+def distances_of(observable: StaticObservable) -> Observe:
+    """h(r) of each frame, in percent by interval: [N, n, 3] -> [N, D]."""
+    return lambda positions: observable.of_frames(positions) * observable.spacing * PERCENT
+
+
 def distances_target(observable: StaticObservable, frames: np.ndarray) -> Array:
     """The mean h(r) of training frames [N, n, 3], in percent by interval: [D]."""
-    curves = jax.jit(observable.of_frames)(jnp.asarray(frames, jnp.float32))
-    return jnp.mean(curves, axis=0) * observable.spacing * PERCENT
+    return jnp.mean(jax.jit(distances_of(observable))(jnp.asarray(frames, jnp.float32)), axis=0)
 
 
-def distances_gradient(observable: StaticObservable, target: Array, estimator: Estimator) -> ObservableGradient:
+def distances_gradient(target: Array, estimator: Estimator) -> ObservableGradient:
     """Learning h(r): one sample is one frame, those of a replica one after the other."""
     unit = estimator.kT if estimator.residual != "released" else 1.0
 
-    def gradient(potential: Potential, params: Params, positions: Array, valid: Array, key: Array) -> Learned:
-        curves = observable.of_frames(positions) * observable.spacing * PERCENT
+    def gradient(
+        potential: Potential, params: Params, positions: Array, curves: Array, valid: Array, key: Array
+    ) -> Learned:
         slope = boltzmann_gradient(
             potential.energy,
             params,
@@ -130,15 +140,12 @@ def _order(key: Array, count: int, estimator: Estimator) -> Array | None:
     return None if estimator.residual == "full-sample" else jax.random.permutation(key, count)
 
 
-def distances_again(
-    observable: StaticObservable, target: Array, estimator: Estimator
-) -> Callable[[Potential, Params, Array, Array, Array], tuple[Learned, Array]]:
-    """Learning h(r) from frames of an earlier potential: (..., reference energies [N]) -> loss, gradient; weights."""
+def distances_again(target: Array, estimator: Estimator) -> ReweightedGradient:
+    """Learning h(r) from frames of an earlier potential."""
 
     def gradient(
-        potential: Potential, params: Params, positions: Array, valid: Array, reference: Array
+        potential: Potential, params: Params, positions: Array, curves: Array, valid: Array, reference: Array
     ) -> tuple[Learned, Array]:
-        curves = observable.of_frames(positions) * observable.spacing * PERCENT
         # A frame that does not count gets an energy that gives it no weight.
         reference = jnp.where(valid, reference, -jnp.inf)
         energies = energies_of(potential.energy, params, positions, chunk_size=estimator.chunk)
@@ -151,6 +158,7 @@ def distances_again(
             squared_error_cotangent(target),
             kT=estimator.kT,
             reference_energies=reference,
+            energies=energies,
             group=estimator.group(len(valid)),
             chunk_size=estimator.chunk,
         )
@@ -193,16 +201,22 @@ def bonds_target(lengths: np.ndarray, which: Molecules) -> Array:
     return jnp.asarray(lengths[which.bonds].mean(axis=0), jnp.float32)
 
 
-def bonds_gradient(system: System, which: Molecules, target: Array, estimator: Estimator, replicas: int) -> Any:
+def bonds_of(system: System, which: Molecules) -> Observe:
+    """The bond lengths of each molecule of each frame in A: [N, n, 3] -> [N, M, b]."""
+    return lambda positions: bond_lengths(system, positions)[:, jnp.asarray(which.bonds)]
+
+
+def bonds_gradient(which: Molecules, target: Array, estimator: Estimator, replicas: int) -> ObservableGradient:
     """Learning the bond lengths of a molecule: one sample is one molecule of one frame, rare ones more often.
 
-    An `ObservableGradient`. Source: the released code for water.
+    Source: the released code for water.
     """
     unit = estimator.kT if estimator.residual != "released" else 1.0
 
-    def gradient(potential: Potential, params: Params, positions: Array, valid: Array, key: Array) -> Learned:
+    def gradient(
+        potential: Potential, params: Params, positions: Array, lengths: Array, valid: Array, key: Array
+    ) -> Learned:
         kept_key, order_key = jax.random.split(key)
-        lengths = bond_lengths(system, positions)[:, jnp.asarray(which.bonds)]  # [N, M, b]
         worst = jnp.max(jnp.abs(lengths - target), axis=-1)
         known = jnp.broadcast_to(valid[:, None], worst.shape)
         kept = flatten_histogram(

@@ -477,6 +477,17 @@ def test_reweighted_gradient_is_the_derivative_of_the_reweighted_mean(params, sa
         energy, moved, x, g, squared_error_cotangent(target), kT=KT, reference_energies=reference, chunk_size=5
     )
     np.testing.assert_allclose(flat(ours), flat(jax.grad(loss)(moved)), atol=1e-10)
+    known = reweighted_gradient(
+        energy,
+        moved,
+        x,
+        g,
+        squared_error_cotangent(target),
+        kT=KT,
+        reference_energies=reference,
+        energies=energies_of(energy, moved, x),
+    )
+    np.testing.assert_allclose(flat(known), flat(ours), atol=1e-10)
 
 
 def test_effective_sample_size_and_the_guard() -> None:

@@ -22,6 +22,7 @@ from stabletrain.nnip.stable_learning import (
     Structures,
     distances_gradient,
     distances_observable,
+    distances_of,
     distances_target,
     energy_force_loss,
     equal_molecules,
@@ -132,8 +133,9 @@ def test_learning_h_of_r_stiffens_a_soft_spring() -> None:
     assert float(target.sum()) == pytest.approx(100.0, rel=1e-4)
     kT, rng = 0.043, np.random.default_rng(1)
     wide = jnp.asarray(WATER + rng.normal(size=(400, 3, 3)) * 0.12, jnp.float32)
-    gradient = distances_gradient(observable, target, Estimator(kT))
-    learned = jax.jit(lambda x: gradient(POTENTIAL, SOFT, x, jnp.ones(len(x), bool), jax.random.key(0)).gradient)(wide)
+    measure, gradient = distances_of(observable), distances_gradient(target, Estimator(kT))
+    every, key = jnp.ones(len(wide), bool), jax.random.key(0)
+    learned = jax.jit(lambda x: gradient(POTENTIAL, SOFT, x, measure(x), every, key).gradient)(wide)
     assert float(learned["stiffness"]) < 0
 
 
@@ -278,7 +280,8 @@ def test_fewer_structures_at_once_learn_the_same() -> None:
         )
         after, _ = stable.step(state, stable.batch(0))
         frames, flags = jnp.zeros((16, 3, 3)), jnp.ones(16, bool)
-        arguments = (state, frames, flags, jnp.zeros(16), jax.random.key(0), jnp.float32(0.01))
+        measured = stable._observe(frames)
+        arguments = (state, frames, measured, flags, jax.random.key(0), jnp.float32(0.01))
         return after.params, str(jax.make_jaxpr(stable._learn_fresh)(*arguments))
 
     (few, small), (many, large) = learnt(10), learnt(64)
@@ -306,9 +309,11 @@ def test_the_covariance_within_replicas_is_that_of_each_replicas_frames() -> Non
         part = slice(4 * replica, 4 * replica + 4)
         slope = boltzmann_gradient(POTENTIAL.energy, SOFT, positions[part], curves[part], v, kT=kT)
         expected += kT * float(slope["stiffness"]) * 3 / 12  # 3 of 4 - 1 each, over 16 - 4
-    fresh = stable._gradient(POTENTIAL, SOFT, positions, valid, jax.random.key(0)).gradient
+    measured = stable._observe(positions)
+    np.testing.assert_allclose(measured, curves, rtol=1e-5)
+    fresh = stable._gradient(POTENTIAL, SOFT, positions, measured, valid, jax.random.key(0)).gradient
     assert float(fresh["stiffness"]) == pytest.approx(expected, rel=1e-3)
-    again, weights = stable._again(POTENTIAL, SOFT, positions, valid, reference)
+    again, weights = stable._again(POTENTIAL, SOFT, positions, measured, valid, reference)
     np.testing.assert_allclose(weights, 1 / 16, rtol=1e-3)
     assert float(again.gradient["stiffness"]) == pytest.approx(expected * 12 / 16, rel=1e-3)
 
