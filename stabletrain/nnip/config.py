@@ -183,11 +183,13 @@ def resolve(config: NnipConfig) -> NnipConfig:
     # the loss bursts again and again.
     batch = config.batch_size or min(25, max(1, train // 5))
     open_values = {
-        "steps": 40 if config.stable else 3000,
+        "steps": 60 if config.stable else 3000,
         "batch_size": 1 if config.stable else batch,
     }
     if config.stable:
         open_values["reuse_steps"] = 1 if config.observable == "bond-lengths" else 5
+        within = config.observable == "distances" and config.residual != "released"
+        open_values["covariance"] = "within-replicas" if within else "total"
     if config.validation_frames is None:
         chosen["validation_frames"] = min(50, train)
     if config.validation_frames != 0:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stabletrain.errors import ConfigError
 from stabletrain.training.config import option
 
 DYNAMICS, STABLE, BENCHMARK = "Dynamics", "StABlE Training", "Stability benchmark"
@@ -52,21 +51,22 @@ class StableOptions:
     residual: str = option(
         "full-sample", "Which sample the observable's residual is taken of.", panel=STABLE, choices=RESIDUAL_NAMES
     )
-    covariance: str = option(
-        "total",
+    covariance: str | None = option(
+        None,
         "Covariance of observable and energy gradient: of all frames, as in the paper, or of those of each replica, "
-        "without that of the replicas' means (h(r) only).",
+        "without that of the replicas' means. [default: within replicas for h(r), else total, and so with --residual "
+        "released]",
         panel=STABLE,
         choices=COVARIANCES,
     )
     residual_batch: int = option(40, "--residual released: samples in a minibatch.", panel=STABLE, minimum=2)
     energy_force_weight: float = option(
-        2.0,
+        0.3,
         "Weight of the energy-force loss against the observable's, as in the released code: that is lambda kT.",
         panel=STABLE,
         minimum=0.0,
     )
-    stable_learning_rate: float = option(2e-3, "Learning rate of the learning phases (SGD).", panel=STABLE, minimum=0.0)
+    stable_learning_rate: float = option(4e-3, "Learning rate of the learning phases (SGD).", panel=STABLE, minimum=0.0)
     stable_clip: float = option(1.0, "Clip the global gradient norm to this.", panel=STABLE, minimum=1e-9)
     max_unstable: float = option(
         0.75, "Share of unstable replicas at which learning begins.", panel=STABLE, minimum=0.0, maximum=1.0
@@ -82,7 +82,7 @@ class StableOptions:
         maximum=1.0,
     )
     plateau_patience: int = option(
-        10, "Windows without fewer unstable replicas after which the learning rate falls.", panel=STABLE, minimum=0
+        2, "Windows without fewer unstable replicas after which the learning rate falls.", panel=STABLE, minimum=0
     )
     reuse_steps: int = option(
         0,
@@ -139,7 +139,7 @@ def stable_problems(config: StableOptions) -> list[str]:
     if config.covariance == "within-replicas" and config.window == config.frame_every:
         found.append(
             f"--covariance within-replicas needs two frames of a window: --frame-every {config.frame_every} is all of "
-            f"--window {config.window}"
+            f"--window {config.window}; --covariance total does not"
         )
     if config.reuse_steps > 1 and config.observable == "bond-lengths":
         found.append("--reuse-steps reweights --observable distances, not bond-lengths")
@@ -150,9 +150,3 @@ def stable_problems(config: StableOptions) -> list[str]:
     if config.min_unstable >= config.max_unstable:
         found.append(f"--min-unstable {config.min_unstable:g} must be below --max-unstable {config.max_unstable:g}")
     return found
-
-
-def check_stable(config: StableOptions) -> None:
-    """Raises: `ConfigError` for options that contradict each other or would do nothing."""
-    for problem in stable_problems(config):
-        raise ConfigError(problem)
