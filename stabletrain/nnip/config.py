@@ -188,7 +188,8 @@ def resolve(config: NnipConfig) -> NnipConfig:
     }
     if config.stable:
         open_values["reuse_steps"] = 1 if config.observable == "bond-lengths" else 5
-        within = config.observable == "distances" and config.residual != "released"
+        several = config.window > config.frame_every  # frames of a replica, without which it has no covariance
+        within = config.observable == "distances" and config.residual != "released" and several
         open_values["covariance"] = "within-replicas" if within else "total"
     if config.validation_frames is None:
         chosen["validation_frames"] = min(50, train)

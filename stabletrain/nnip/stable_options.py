@@ -54,8 +54,8 @@ class StableOptions:
     covariance: str | None = option(
         None,
         "Covariance of observable and energy gradient: of all frames, as in the paper, or of those of each replica, "
-        "without that of the replicas' means. [default: within replicas for h(r), else total, and so with --residual "
-        "released]",
+        "without that of the replicas' means. [default: within replicas for h(r); total for other observables, with "
+        "--residual released and where a window has one frame]",
         panel=STABLE,
         choices=COVARIANCES,
     )
@@ -139,7 +139,7 @@ def stable_problems(config: StableOptions) -> list[str]:
     if config.covariance == "within-replicas" and config.window == config.frame_every:
         found.append(
             f"--covariance within-replicas needs two frames of a window: --frame-every {config.frame_every} is all of "
-            f"--window {config.window}; --covariance total does not"
+            f"--window {config.window}"
         )
     if config.reuse_steps > 1 and config.observable == "bond-lengths":
         found.append("--reuse-steps reweights --observable distances, not bond-lengths")

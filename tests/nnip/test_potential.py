@@ -230,8 +230,9 @@ def test_a_run_takes_from_its_base_what_that_fixes(tmp_path: Path) -> None:
     assert (config.reuse_steps, config.covariance) == (5, "within-replicas")
     local = make_config(NnipConfig, {"stable": True, "base": named, "seed": 4, "observable": "bond-lengths"})
     assert (resolve(local).reuse_steps, resolve(local).covariance) == (1, "total")
-    released = make_config(NnipConfig, {"stable": True, "base": named, "seed": 4, "residual": "released"})
-    assert resolve(released).covariance == "total"
+    for options in ({"residual": "released"}, {"window": 10, "frame_every": 10}):
+        without = make_config(NnipConfig, {"stable": True, "base": named, "seed": 4, **options})
+        assert resolve(without).covariance == "total"
     with pytest.raises(ConfigError, match="contradicts the base run"):
         resolve(make_config(NnipConfig, {"base": named, "seed": 4, "features": 64}))
     with pytest.raises(ConfigError, match="no run directory"):
