@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from stabletrain.cli.options import resolve as resolve_preset
 from stabletrain.diffusion.backbones import BACKBONES, build_network
 from stabletrain.diffusion.choices import (
     BACKBONE_NAMES,
@@ -27,7 +30,8 @@ from stabletrain.diffusion.samplers import SAMPLERS
 from stabletrain.diffusion.skips import SKIP_SCALINGS, skip_scales
 from stabletrain.diffusion.unet import STYLES
 from stabletrain.errors import ConfigError
-from stabletrain.training.config import config_hash, fields_of, make_config, run_name, to_dict
+from stabletrain.runs.experiments import read_table
+from stabletrain.training.config import config_hash, fields_of, make_config, replace, run_name, to_dict
 
 
 def configured(**values) -> DiffusionConfig:
@@ -243,11 +247,43 @@ def test_a_published_name_builds_the_published_network(backbone, dataset, count)
     config = resolve(configured(backbone=backbone, dataset=dataset, class_conditional=conditional))
     assert config.backbone in BACKBONES
     assert resolve(config) == config
-    size, classes = config.image_size, 1000 if conditional else 0
+    assert parameters_of(config, 1000) == count
+
+
+@functools.cache
+def parameters_of(config: DiffusionConfig, classes: int) -> int:
+    """Parameters of a resolved configuration's network for colour images of so many classes."""
+    size, classes = config.image_size, classes if config.class_conditional else 0
     network = build_network(config, (size, size, 3), num_classes=classes, dtype=None)
     labels = jnp.zeros(1, jnp.int32) if classes else None
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros(1), labels)
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+GATE = 2 * 257 * 16 + 257 + 16  # the one of all skips: 257 tokens to a sixteenth and back, with biases
+
+
+@pytest.mark.parametrize("table", ["feature-norm", "fid", "kappa", "steps-to-score"])
+def test_the_rows_of_a_table_train_the_paper_s_network_without_labels(table):
+    """Published counts of U-ViT-S/2 at both depths and of DDPM's UNet, plus the gate of LS."""
+    spec = read_table(EXPERIMENTS, f"scalelong/{table}")
+    judged = any("fid" in column.metric for column in spec.columns["paper"])
+    for row in spec.rows:
+        config = resolve_preset(FAMILY, {}, preset=row.path, scale="paper").config
+        assert isinstance(config, DiffusionConfig)
+        assert (config.dataset, config.class_conditional, config.guidance) == ("cifar10", False, None), row.key
+        assert config.eval_samples == (50_000 if judged else 0), f"{row.key}: a score is made where a column shows one"
+        learned = config.skip_scaling == "ls"
+        if not learned:  # a constant has no parameters: such rows are counted once
+            config = replace(config, skip_scaling="none", kappa=None, kappa_indexing=None)
+        if config.backbone == "uvit":
+            published = {12: 44_255_328, 16: 57_908_320}[config.depth] + learned * GATE
+            assert (parameters_of(config, 10), config.process) == (published, "vp-sde"), row.key
+        else:
+            assert (config.process, config.diffusion_steps) == ("ddpm-linear", 1000)
+            assert (config.sampler, config.sampling_steps) == ("ddpm-large", 1000)
+            assert learned or parameters_of(config, 10) == 35_746_307, row.key
 
 
 def test_published_unets_have_the_published_skips_heads_and_training():
