@@ -23,7 +23,7 @@ from stabletrain.continual.presets import (
 from stabletrain.continual.released_label_sets import RELEASED_LABEL_SETS
 from stabletrain.continual.released_timelines import RELEASED, released_name
 from stabletrain.errors import ConfigError, nearest
-from stabletrain.training.config import TrainConfig, fields_of, option, replace
+from stabletrain.training.config import LARGEST_SEED, TrainConfig, fields_of, option, replace
 
 NETWORK_NAMES = ("mlp", "conv", "resnet18")
 ORTHOGONALITY_NAMES = ("none", "dbt", "ocnn", "kernel", "kernel_cos")
@@ -67,8 +67,12 @@ class ContinualConfig(TrainConfig):
     class_range: tuple[int, ...] = option(
         (), "Unbalanced tasks: smallest and largest number of classes, e.g. 2,14.", panel=SETTING
     )
-    label_seed: int | None = option(None, "Seed of the label sets; by default the run's.", panel=SETTING, minimum=0)
-    timeline_seed: int | None = option(None, "Seed of the windows; by default the run's.", panel=SETTING, minimum=0)
+    label_seed: int | None = option(
+        None, "Seed of the label sets; by default the run's.", panel=SETTING, minimum=0, maximum=LARGEST_SEED
+    )
+    timeline_seed: int | None = option(
+        None, "Seed of the windows; by default the run's.", panel=SETTING, minimum=0, maximum=LARGEST_SEED
+    )
     scenario: str = option(
         "class", "Classes among which an example is told: all begun so far (class), or those of its own task (task).",
         panel=SETTING, choices=("class", "task"),

@@ -14,7 +14,7 @@ from stabletrain.diffusion.frontier_command import frontier
 from stabletrain.diffusion.import_command import import_weights
 from stabletrain.diffusion.published import PublishedOptions
 from stabletrain.diffusion.theory_command import theory
-from stabletrain.training.config import option
+from stabletrain.training.config import LARGEST_SEED, option
 from stabletrain.training.experiment import EvaluationContext, Family, OpenedWeights, Shorthand
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SampleOptions:
     weights: str | None = option(
         None, "Which weights: their moving average or the last ones.", panel=PANEL, choices=("ema", "raw")
     )
-    seed: int = option(0, "Seed of the images.", panel=PANEL, minimum=0)
+    seed: int = option(0, "Seed of the images.", panel=PANEL, minimum=0, maximum=LARGEST_SEED)
     context: str | None = option(
         None,
         "Text features of a text-to-image model: an .npz (contexts, empty) or a folder of prepared latents; "

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from stabletrain.errors import EXIT_OK, ConfigError
-from stabletrain.training.config import option
+from stabletrain.training.config import LARGEST_SEED, option
 from stabletrain.training.presets import settings_from
 
 
@@ -50,7 +50,7 @@ def theory(
     width: Annotated[int | None, typer.Option(help="Width of the paper's network.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Initialisations for the forward norms.")] = None,
     network_seeds: Annotated[int | None, typer.Option(help="Initialisations of U-ViT and UNet.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, inputs and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights, inputs and noise.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:

@@ -11,7 +11,7 @@ from stabletrain.gan.config import BATCH_NORM_NAMES, GanConfig
 from stabletrain.gan.figure_commands import gradient_norms, random_architectures, value_surfaces
 from stabletrain.gan.import_command import import_weights
 from stabletrain.gan.resolution import resolve
-from stabletrain.training.config import option
+from stabletrain.training.config import LARGEST_SEED, option
 from stabletrain.training.experiment import EvaluationContext, Family
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class SampleOptions:
     weights: str | None = option(
         None, "Which weights: their moving average or the last ones.", panel=PANEL, choices=("ema", "raw")
     )
-    seed: int = option(0, "Seed of the images.", panel=PANEL, minimum=0)
+    seed: int = option(0, "Seed of the images.", panel=PANEL, minimum=0, maximum=LARGEST_SEED)
 
 
 def build(config: GanConfig, *, mesh: Any, data_spec: Any = None) -> GanExperiment:

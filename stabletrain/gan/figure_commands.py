@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from stabletrain.errors import EXIT_OK, ConfigError
-from stabletrain.training.config import option
+from stabletrain.training.config import LARGEST_SEED, option
 from stabletrain.training.presets import settings_from
 
 TOYS = ("gaussians8", "gaussians25", "swissroll")
@@ -129,7 +129,7 @@ def value_surfaces(
     trained_steps: Annotated[int | None, typer.Option(help="Generator steps.")] = None,
     penalty: Annotated[float | None, typer.Option(help="Weight of the gradient penalty.")] = None,
     clip: Annotated[float | None, typer.Option(help="Limit of the weights under clipping.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of networks, data order and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of networks, data order and noise.")] = 0,
     as_json: Annotated[bool, JSON] = False,
     quiet: Annotated[bool, QUIET] = False,
 ) -> int:
@@ -227,7 +227,7 @@ def gradient_norms(
     steps: Annotated[int | None, typer.Option(help="Generator steps.")] = None,
     clips: Annotated[list[float] | None, typer.Option(help="Limits of the weights, a curve each.")] = None,
     penalty: Annotated[float | None, typer.Option(help="Weight of the gradient penalty.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of networks, data order and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of networks, data order and noise.")] = 0,
     as_json: Annotated[bool, JSON] = False,
     quiet: Annotated[bool, QUIET] = False,
 ) -> int:

@@ -28,6 +28,7 @@ from stabletrain.errors import (
     Interrupted,
     StableTrainError,
 )
+from stabletrain.training.config import LARGEST_SEED
 from stabletrain.training.lock import in_use
 
 FINISHED = ("done", "diverged")
@@ -259,6 +260,8 @@ def parse_seeds(text: str) -> list[int]:
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
             raise ValueError(f"seeds {part.strip()!r} count down; write {high}-{low}")
+        if high > LARGEST_SEED:
+            raise ValueError(f"seeds go up to {LARGEST_SEED}, not {high}")
         seeds.extend(range(low, high + 1))
     return list(dict.fromkeys(seeds))
 

@@ -20,6 +20,9 @@ import tomli_w
 
 from stabletrain.errors import ConfigError, nearest
 
+LARGEST_SEED = 2**32 - 1
+"""Random keys take a seed as 32 bits."""
+
 
 def option(
     default: Any,
@@ -58,7 +61,7 @@ class TrainConfig:
 
     steps: int = option(1000, "Number of training steps (optimiser updates).", minimum=0)
     batch_size: int = option(64, "Examples in a step, over all devices.", minimum=1)
-    seed: int = option(0, "Seed of initialisation, data order and noise.", minimum=0)
+    seed: int = option(0, "Seed of initialisation, data order and noise.", minimum=0, maximum=LARGEST_SEED)
     precision: str = option(
         "float32", "Number format of matrix products; statistics and losses stay in float32.",
         choices=("float32", "bfloat16"),

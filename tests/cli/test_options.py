@@ -13,6 +13,7 @@ from stabletrain.cli.families import FAMILIES, all_families
 from stabletrain.cli.options import fields_with_types, flag, read_preset, resolve, typed_values, union_of
 from stabletrain.cli.train import RUN_OPTIONS, family_command
 from stabletrain.errors import ConfigError
+from stabletrain.training.config import LARGEST_SEED, checked_values
 from tests.cli.conftest import Command
 from tests.cli.toy import FAMILY, CommandToyConfig
 
@@ -38,6 +39,30 @@ def test_options_of_the_same_name_in_several_families_can_share_one_flag() -> No
         for family in [family for family in [*all_families(), FAMILY] if pick(family)]:
             for name, (_, annotation) in fields_with_types(pick(family)).items():
                 assert kinds.setdefault(name, "bool" in str(annotation)) == ("bool" in str(annotation)), name
+
+
+SEEDS = {"seed", "label_seed", "timeline_seed"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_seed_that_no_random_key_takes_is_refused_before_training_and_sampling(name: str) -> None:
+    family = FAMILIES[name]()
+    for options in filter(None, (family.config, family.sample_options)):
+        seeds = SEEDS & set(fields_with_types(options))
+        assert seeds
+        for seed in seeds:
+            assert checked_values(options, {seed: LARGEST_SEED}) == {seed: 2**32 - 1}
+            with pytest.raises(ConfigError, match=f"'{seed}' is 4294967296, but must be at most 4294967295"):
+                checked_values(options, {seed: LARGEST_SEED + 1})
+
+
+@pytest.mark.parametrize("study", [("diffusion", "theory"), ("gan", "value-surfaces"), ("gan", "gradient-norms")])
+def test_figures_of_a_seed_that_no_random_key_takes_are_refused(command: Command, study: tuple[str, str]) -> None:
+    said = command(*study, "--seed", 2**32, "--out", "made")
+    assert said.code == 2
+    assert "--seed" in said.error
+    assert "4294967295" in said.error
+    assert not Path("made").exists()
 
 
 def test_what_is_told_of_a_published_file_is_no_option_of_sampling() -> None:

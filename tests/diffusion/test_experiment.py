@@ -404,6 +404,7 @@ def test_labels_seeds_weights_guidance_and_skips_change_the_samples(sampled, tmp
         (
             {"label": "5"},
             {"label": "4", "seed": 1},
+            {"label": "4", "seed": 2**32 - 1},
             {"label": "4", "guidance": 4.0},
             {"label": "4", "skip_multipliers": (0.0,)},
             {"label": "4", "skip_multipliers": (1.0, 0.5)},

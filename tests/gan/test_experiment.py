@@ -394,6 +394,8 @@ def test_sampling_follows_label_weights_and_seed(tmp_path):
     assert files == again
     other = sample(without_data, state, SampleOptions(num=12, label="7", weights="raw"), Context(tmp_path / "c"))
     assert other["grid.png"] != files["grid.png"]
+    last = sample(without_data, state, SampleOptions(num=12, label="7", seed=2**32 - 1), Context(tmp_path / "d"))
+    assert last["grid.png"] != files["grid.png"]
     with pytest.raises(ConfigError, match="unknown label 'x'"):
         sample(without_data, state, SampleOptions(num=1, label="x"), Context(tmp_path))
     bare = tiny(ema_decay=0.0)
