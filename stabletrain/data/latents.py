@@ -17,11 +17,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
+from stabletrain.data.arrays import NPZ_ERRORS
 from stabletrain.data.spec import DataSpec
 from stabletrain.errors import DataError
 
@@ -76,8 +78,10 @@ def open_latents(folder: Path, name: str) -> LatentSet:
         facts = json.loads(index.read_text())
         if facts["version"] != VERSION:
             raise DataError(f"{index} has version {facts['version']}; this version of stabletrain reads {VERSION}")
-        splits = {split: _open_split(folder, split, facts["counts"][split]) for split in FOLDERS}
-        empty = np.asarray(np.load(folder / EMPTY), np.float32)
+        empty = np.asarray(_array(folder / EMPTY), np.float32)
+        if empty.ndim != 2:
+            raise ValueError(f"{EMPTY} has shape {empty.shape}; [L, D] is due")
+        splits = {split: _open_split(folder, split, facts["counts"][split], empty.shape) for split in FOLDERS}
         height, _, channels = splits["train"].moments.shape[1:]
         spec = DataSpec(
             name=name,
@@ -95,9 +99,14 @@ def open_latents(folder: Path, name: str) -> LatentSet:
     return LatentSet(spec, splits["train"], splits["test"], empty)
 
 
-def _open_split(folder: Path, split: str, count: int) -> LatentSplit:
-    moments, contexts = (np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in ("moments", "contexts"))
-    first = np.load(folder / f"{split}_first.npy")
+def _open_split(folder: Path, split: str, count: int, context_shape: tuple[int, ...]) -> LatentSplit:
+    moments, contexts = (_array(folder / f"{split}_{part}.npy", mmap_mode="r") for part in ("moments", "contexts"))
+    first = _array(folder / f"{split}_first.npy")
+    if moments.ndim != 4 or contexts.shape[1:] != context_shape:
+        raise ValueError(
+            f"the arrays of {split} have shapes {moments.shape} and {contexts.shape}; [N, H, W, 2 C] and "
+            f"[M, {', '.join(map(str, context_shape))}] are due"
+        )
     if len(moments) != count or len(first) != count + 1 or first[-1] != len(contexts):
         raise ValueError(f"the arrays of {split} do not have {count} images")
     return LatentSplit(moments, contexts, first)
@@ -108,10 +117,12 @@ def prepare_latents(features: Path, out: Path, tick: Tick | None = None) -> dict
 
     Whole or not at all: `out` appears at the end. Numbers keep the type that they have in the features.
 
-    Raises: `DataError` naming the file that is missing, damaged or of another shape than the first, or for an `out`
-    that is there already.
+    Raises: `DataError` naming the file that is missing, damaged, superfluous, or of another shape or type than the
+    first, or for an `out` that is there already.
     """
     report = tick or (lambda label, done, total: None)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file: the latents need a folder, choose another --out")
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is there already: remove it to prepare it again")
     if not (features / EMPTY).is_file():
@@ -121,13 +132,14 @@ def prepare_latents(features: Path, out: Path, tick: Tick | None = None) -> dict
     try:
         unfinished.mkdir(parents=True)
         digest = hashlib.sha256()
-        empty = _loaded(features / EMPTY, 2, None)
+        empty = _loaded(features / EMPTY, 2, None, None)
         np.save(unfinished / EMPTY, empty)
         digest.update(np.ascontiguousarray(empty).tobytes())
         counts = {}
         shapes: dict[str, tuple[int, ...]] = {"context": empty.shape}
+        types: dict[str, np.dtype] = {}
         for split, folder in FOLDERS.items():
-            counts[split] = _pack(features / folder, unfinished, split, shapes, digest, report)
+            counts[split] = _pack(features / folder, unfinished, split, shapes, types, digest, report)
         if not counts["train"]:
             raise DataError(f"{features / FOLDERS['train']} has no features (0.npy, 0_0.npy, ...)")
         facts = {
@@ -148,8 +160,16 @@ def prepare_latents(features: Path, out: Path, tick: Tick | None = None) -> dict
     return {**facts, "found": str(out)}
 
 
-def _pack(folder: Path, out: Path, split: str, shapes: dict[str, tuple[int, ...]], digest: Any, report: Tick) -> int:
-    """One split into three arrays; the number of its images."""
+def _pack(
+    folder: Path,
+    out: Path,
+    split: str,
+    shapes: dict[str, tuple[int, ...]],
+    types: dict[str, np.dtype],
+    digest: Any,
+    report: Tick,
+) -> int:
+    """One split into three arrays; the number of its images. `shapes` and `types` are those of the first file."""
     captions: dict[int, list[tuple[int, Path]]] = {}
     images: dict[int, Path] = {}
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -160,6 +180,9 @@ def _pack(folder: Path, out: Path, split: str, shapes: dict[str, tuple[int, ...]
     numbers = sorted(images)
     if lonely := [number for number in numbers if number not in captions]:
         raise DataError(f"{images[lonely[0]]} has no captions ({lonely[0]}_0.npy, ...)")
+    if orphans := sorted(captions.keys() - images.keys()):
+        path = min(captions[orphans[0]])[1]
+        raise DataError(f"{path} is the caption of an image that is not there ({orphans[0]}.npy)")
     texts = [path for number in numbers for _, path in sorted(captions[number])]
     first = np.concatenate([[0], np.cumsum([len(captions[number]) for number in numbers])]).astype(np.int64)
 
@@ -168,10 +191,11 @@ def _pack(folder: Path, out: Path, split: str, shapes: dict[str, tuple[int, ...]
         key = part.removesuffix("s") if part == "contexts" else part
         stored: Any = None
         for place, path in enumerate(paths):
-            array = _loaded(path, axes, shapes.get(key))
+            array = _loaded(path, axes, shapes.get(key), types.get(key))
             if key == "moments" and (array.shape[0] % 2 or array.shape[1] != array.shape[2]):
                 raise DataError(f"{path} has shape {array.shape}; mean and log-variance of a square latent are due")
             shapes.setdefault(key, array.shape)
+            types.setdefault(key, array.dtype)
             row = array.transpose(1, 2, 0) if key == "moments" else array
             if stored is None:
                 stored = np.lib.format.open_memmap(
@@ -190,18 +214,36 @@ def _pack(folder: Path, out: Path, split: str, shapes: dict[str, tuple[int, ...]
     return len(numbers)
 
 
-def _loaded(path: Path, axes: int, shape: tuple[int, ...] | None) -> NDArray[Any]:
+def _array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+    """The array of a .npy. Raises: `ValueError` naming a file that is none."""
     try:
-        array = np.load(path)
+        with path.open("rb") as stream:
+            start = stream.read(len(MAGIC_PREFIX))
+        if start != MAGIC_PREFIX:
+            raise ValueError("it is no .npy")
+        array: NDArray[Any] = np.load(path, mmap_mode=mmap_mode)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise ValueError(f"cannot read {path}: {error}") from error
+    return array
+
+
+def _loaded(path: Path, axes: int, shape: tuple[int, ...] | None, dtype: np.dtype | None) -> NDArray[Any]:
+    """A file of features. Raises: `DataError` for one that is damaged or not as asked."""
+    try:
+        array = _array(path)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if array.ndim != axes or array.dtype.kind != "f" or (shape is not None and array.shape != shape):
         due = f"shape {shape}" if shape is not None else f"{axes} axes"
         raise DataError(
             f"{path} has shape {array.shape} and type {array.dtype}; floating-point numbers of {due} are due"
         )
-    if not np.isfinite(array).all():
-        raise DataError(f"{path} holds numbers that are not finite")
+    if dtype is not None and array.dtype != dtype:
+        raise DataError(f"{path} has type {array.dtype}, but the first file of its kind {dtype}: one type is due")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(np.float32)).all()  # as which they are read
+    if not finite:
+        raise DataError(f"{path} holds numbers that are not finite in float32")
     return array
 
 
@@ -235,16 +277,21 @@ def read_contexts(path: Path) -> tuple[Texts, NDArray[np.float32]]:
     Raises: `DataError` for anything else.
     """
     if path.is_dir():
-        latents = open_latents(path, path.name)
+        latents = open_latents(path, "coco-latents")
         split = latents.test if len(latents.test) else latents.train
         return Texts(split.contexts, split.first[:-1]), latents.empty
     try:
-        with np.load(path) as archive:
+        with path.open("rb") as stream, np.errstate(over="ignore"):
+            archive = np.load(stream)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it holds one array")
             contexts, empty = (np.asarray(archive[name], np.float32) for name in ("contexts", "empty"))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except NPZ_ERRORS as error:
         raise DataError(f"{path} is no .npz with `contexts` [N, L, D] and `empty` [L, D]: {error}") from error
     if contexts.ndim != 3 or empty.shape != contexts.shape[1:] or not len(contexts):
         raise DataError(
             f"{path}: contexts have shape {contexts.shape} and empty {empty.shape}; [N, L, D] and [L, D] are due"
         )
+    if not (np.isfinite(contexts).all() and np.isfinite(empty).all()):
+        raise DataError(f"{path} holds numbers that are not finite in float32")
     return Texts(contexts, np.arange(len(contexts))), empty

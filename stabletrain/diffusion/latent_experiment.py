@@ -42,11 +42,9 @@ CAPTIONS = 0x636170
 def false_colours(latents: np.ndarray) -> np.ndarray:
     """Latents [N, H, W, C] as uint8 pictures [N, H, W, 3] to look at: the first channels, +-3 deviations of each.
 
-    Raises: `ValueError` for latents of fewer than three channels.
+    Of fewer than three channels the first one alone is shown, in grey: [N, H, W, 1].
     """
-    if latents.shape[-1] < 3:
-        raise ValueError(f"latents of {latents.shape[-1]} channels cannot be shown in three colours")
-    shown = latents[..., :3].astype(np.float64)
+    shown = latents[..., : 3 if latents.shape[-1] >= 3 else 1].astype(np.float64)
     mean, deviation = shown.mean((0, 1, 2)), shown.std((0, 1, 2)) + 1e-12
     return np.clip(np.rint((shown - mean) / deviation * (127.5 / 3) + 127.5), 0, 255).astype(np.uint8)
 

@@ -54,12 +54,23 @@ def test_an_interrupted_preparation_leaves_nothing(features, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features"]
 
 
+def retyped(path, dtype):
+    np.save(path, np.load(path).astype(dtype))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (lambda f: (f / "empty_context.npy").unlink(), "has no empty_context.npy"),
         (lambda f: [p.unlink() for p in f.glob("train/3_*.npy")], r"3\.npy has no captions"),
+        (
+            lambda f: (f / "train" / "3.npy").unlink(),
+            r"3_0\.npy is the caption of .* not there \(3\.npy\)",
+        ),
         (lambda f: (f / "train" / "2.npy").write_bytes(b"no array"), r"cannot read .*2\.npy"),
+        (lambda f: (f / "train" / "4_1.npy").write_bytes(b"PK\x03\x04 no zip"), r"cannot read .*4_1\.npy"),
+        (lambda f: retyped(f / "train" / "0.npy", np.float16), r"1\.npy has type float32, but the first .* float16"),
+        (lambda f: retyped(f / "val" / "2_1.npy", np.float64), r"2_1\.npy has type float64, but the first .* float32"),
         (lambda f: np.save(f / "train" / "4_0.npy", np.zeros((5, 7), "f4")), r"4_0\.npy has shape \(5, 7\)"),
         (lambda f: np.save(f / "val" / "0.npy", np.full((8, 8, 8), np.nan, "f4")), "not finite"),
         (lambda f: np.save(f / "train" / "0.npy", np.zeros((7, 8, 8), "f4")), "mean and log-variance"),
@@ -71,6 +82,40 @@ def test_what_is_wrong_with_the_features_is_named(features, tmp_path, damage, re
     with pytest.raises(DataError, match=reason):
         prepare_latents(features, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_too_large_for_the_type_that_they_are_read_in_are_refused(features, tmp_path):
+    for path in (features / "train").glob("*_*.npy"):
+        retyped(path, np.float64)
+    np.save(features / "train" / "5_0.npy", np.full((5, 6), 1e300))
+    with pytest.raises(DataError, match=r"5_0\.npy holds numbers that are not finite in float32"):
+        prepare_latents(features, tmp_path / "out")
+
+
+def test_a_file_cannot_be_prepared_into(features, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"notes\.txt is a file: the latents need a folder"):
+        prepare_latents(features, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("train_contexts.npy", b"", r"cannot read .*train_contexts\.npy"),
+        ("empty_context.npy", b"", r"cannot read .*empty_context\.npy"),
+        ("empty_context.npy", b"PK\x03\x04 no zip", r"cannot read .*empty_context\.npy"),
+        ("empty_context.npy", np.zeros(6, "f4"), r"empty_context\.npy has shape \(6,\); \[L, D\] is due"),
+        ("empty_context.npy", np.zeros((4, 6), "f4"), r"of train have shapes .*\[M, 4, 6\] are due"),
+        ("test_moments.npy", np.zeros((3, 8), "f4"), r"of test have shapes \(3, 8\)"),
+    ],
+)
+def test_prepared_arrays_that_are_damaged_are_named(features, tmp_path, name, content, reason):
+    prepare_latents(features, tmp_path / "out")
+    path = tmp_path / "out" / name
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(DataError, match=f"out are damaged: .*{reason}"):
+        open_latents(tmp_path / "out", "coco-latents")
 
 
 def test_prepared_latents_that_are_damaged_are_refused(features, tmp_path):
@@ -99,6 +144,24 @@ def test_texts_to_sample_from_are_held_out_captions_or_an_archive(features, tmp_
     np.savez(tmp_path / "wrong.npz", contexts=texts[:], empty=empty[:2])
     with pytest.raises(DataError, match="are due"):
         read_contexts(tmp_path / "wrong.npz")
+    with pytest.raises(DataError, match="data prepare coco-latents --features DIR --out"):
+        read_contexts(features)
+
+
+def test_files_that_are_no_texts_are_named(tmp_path):
+    contexts, empty = np.ones((2, 5, 6), "f4"), np.zeros((5, 6), "f4")
+    np.save(tmp_path / "array.npy", contexts)
+    np.savez_compressed(tmp_path / "whole.npz", contexts=contexts, empty=empty)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "flipped.npz").write_bytes(whole[:80] + bytes(byte ^ 255 for byte in whole[80:120]) + whole[120:])
+    np.savez(tmp_path / "one.npz", contexts=contexts)
+    for name in ("array.npy", "short.npz", "flipped.npz", "one.npz", "missing.npz"):
+        with pytest.raises(DataError, match=f"{name} is no .npz with `contexts`"):
+            read_contexts(tmp_path / name)
+    np.savez(tmp_path / "large.npz", contexts=1e300 * contexts.astype("f8"), empty=empty)
+    with pytest.raises(DataError, match=r"large\.npz holds numbers that are not finite in float32"):
+        read_contexts(tmp_path / "large.npz")
 
 
 def test_the_commands_prepare_describe_and_check_it(features, tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from stabletrain.diffusion.config import DiffusionConfig, resolve
 from stabletrain.diffusion.family import build
 from stabletrain.diffusion.latent_experiment import false_colours
 from stabletrain.diffusion.processes import scaled_linear_betas
+from stabletrain.diffusion.sampling import grid_png
 from stabletrain.diffusion.uvit import SIZES, UViT
 from stabletrain.training.config import make_config
 from stabletrain.training.devices import make_mesh
@@ -96,12 +97,15 @@ def test_a_share_of_the_texts_becomes_the_empty_one(latents):
     assert set(np.unique(np.asarray(texts).mean((1, 2)))) == {0.0, 1.0}  # a text is dropped as a whole
 
 
-def test_false_colours_need_three_channels():
-    pictures = false_colours(np.random.default_rng(0).standard_normal((2, 4, 4, 4)))
-    assert pictures.shape == (2, 4, 4, 3)
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (4, 3)])
+def test_latents_are_shown_in_false_colours_or_in_grey(channels, shown):
+    latents = np.random.default_rng(0).standard_normal((100, 4, 4, channels))
+    pictures = false_colours(latents)
+    assert pictures.shape == (100, 4, 4, shown)
     assert pictures.dtype == np.uint8
-    with pytest.raises(ValueError, match="three colours"):
-        false_colours(np.zeros((1, 4, 4, 2)))
+    for channel in range(shown):  # levels follow the channel's own numbers, which are within four deviations
+        assert np.corrcoef(pictures[..., channel].ravel(), latents[..., channel].ravel())[0, 1] > 0.99
+    assert grid_png(pictures)
 
 
 TINY = [
