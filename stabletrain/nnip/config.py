@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.errors import ConfigError
-from stabletrain.nnip.stable_options import StableOptions, stable_problems
+from stabletrain.nnip.stable_options import StableOptions, stable_problems, unused_stable_options
 from stabletrain.training.config import (
     TrainConfig,
     identity,
@@ -112,6 +112,10 @@ class NnipConfig(StableOptions, TrainConfig):
         0.99, "Decay of the parameters' average; 0: none.", panel=OPTIMISER, minimum=0.0, maximum=0.99999
     )
 
+    def given(self) -> set[str]:
+        """Names of the options that differ from their defaults."""
+        return {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+
     @property
     def method(self) -> str:
         """`stable`, its control, or the network's name."""
@@ -144,6 +148,29 @@ def _problems(config: NnipConfig) -> Iterator[str]:
         yield f"--warmup-steps {config.warmup_steps} leaves nothing of the {config.steps} steps for the cosine"
 
 
+OF_THE_BASE = ("learning_rate", "lr_decay", "warmup_steps", "validation_patience", "minimum_rate", "beta2",
+               "gradient_clip", "ema_decay", "batch_size", "validate_every")  # fmt: skip
+"""Options of plain training: StABlE Training descends along whole gradients, at its own rate."""
+
+
+def _unused_options(config: NnipConfig) -> Iterator[str]:
+    """Options that were given and would do nothing, each as the sentence that the user reads.
+
+    Asked of new commands only: the configuration of a run that is there may hold what were defaults when it was made.
+    """
+    given = config.given()
+    if config.stable:
+        for name in OF_THE_BASE:
+            if name in given and not (name == "batch_size" and config.batch_size == 1):
+                flag = "--" + name.replace("_", "-")
+                yield f"{flag} does nothing with --stable: train the base with it and name that with --base"
+    elif config.lr_decay != "plateau":
+        for name in ("validation_patience", "minimum_rate"):
+            if name in given:
+                yield f"--{name.replace('_', '-')} does nothing with --lr-decay {config.lr_decay}: it is plateau's"
+    yield from unused_stable_options(config, given)
+
+
 SMALL: dict[str, Any] = {"train_frames": 25, "test_frames": 200}
 SMALL_NETWORKS: dict[str, dict[str, Any]] = {
     "schnet": {"features": 32, "interactions": 3},
@@ -157,8 +184,11 @@ SMALL_NETWORKS: dict[str, dict[str, Any]] = {
 def resolve(config: NnipConfig) -> NnipConfig:
     """The same configuration with every open value filled in; what a base run fixes is taken from its config.toml.
 
-    Raises: `ConfigError` for a base that is no run of this family, or that other options contradict.
+    Raises: `ConfigError` for a base that is no run of this family, or that other options contradict, and for options
+    that would do nothing.
     """
+    for problem in _unused_options(config):
+        raise ConfigError(problem)
     chosen: dict[str, Any] = dict(SMALL)
     if config.stable and config.base is None:
         wanted = default_base(config)
@@ -193,7 +223,7 @@ def resolve(config: NnipConfig) -> NnipConfig:
         open_values["covariance"] = "within-replicas" if within else "total"
     if config.validation_frames is None:
         chosen["validation_frames"] = min(50, train)
-    if config.validation_frames != 0:
+    if config.validation_frames != 0 and not config.stable:
         open_values["validate_every"] = max(50, -(-train // batch))
     values = {**open_values, **chosen}
     fill = {

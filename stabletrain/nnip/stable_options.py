@@ -5,6 +5,8 @@ Imports no JAX. **Units**: K, fs, A; 1 / ps for damping, ps for times of evaluat
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from stabletrain.training.config import option
@@ -150,3 +152,31 @@ def stable_problems(config: StableOptions) -> list[str]:
     if config.min_unstable >= config.max_unstable:
         found.append(f"--min-unstable {config.min_unstable:g} must be below --max-unstable {config.max_unstable:g}")
     return found
+
+
+OF_EVERY_RUN = ("stable", "base", "distance_reach")
+"""Those of `StableOptions` that do something without --stable; `nnip benchmark` takes the reach from its first run."""
+
+
+def unused_stable_options(config: StableOptions, given: Set[str]) -> Iterator[str]:
+    """Which of the options that were given do nothing, each as the sentence that the user reads."""
+    if not config.stable:
+        for field in dataclasses.fields(StableOptions):
+            if field.name in given and field.name not in OF_EVERY_RUN:
+                where = (
+                    "" if field.metadata["panel"] == STABLE else ": `stabletrain nnip benchmark RUN` has such options"
+                )
+                yield f"--{field.name.replace('_', '-')} does nothing without --stable{where}"
+        return
+    if "damping" in given and config.thermostat == "nose-hoover":
+        yield "--damping does nothing with --thermostat nose-hoover: it belongs to langevin and baoab"
+    if "relaxation_time" in given and config.thermostat != "nose-hoover":
+        yield f"--relaxation-time does nothing with --thermostat {config.thermostat}: it belongs to nose-hoover"
+    if "residual_batch" in given and config.residual != "released":
+        yield f"--residual-batch does nothing with --residual {config.residual}: it belongs to released"
+    if "reuse_ratio" in given and (config.reuse_steps == 1 or config.observable == "bond-lengths"):
+        yield "--reuse-ratio does nothing with one learning step in a window"
+    if not config.benchmark_replicas:
+        for name in ("benchmark_time", "benchmark_bond_deviation"):
+            if name in given:
+                yield f"--{name.replace('_', '-')} does nothing with --benchmark-replicas 0"

@@ -16,7 +16,7 @@ from stabletrain.nnip.errors import error_scalars, error_table
 from stabletrain.nnip.experiment import NnipExperiment
 from stabletrain.nnip.schedule import learning_rate_at, start_plateau, update_plateau
 from stabletrain.nnip.stable_learning import energy_force_loss
-from stabletrain.training.config import make_config
+from stabletrain.training.config import make_config, to_dict
 from stabletrain.training.devices import make_mesh
 
 TINY: dict[str, Any] = {
@@ -147,6 +147,34 @@ def test_without_validation_frames_the_average_is_preferred() -> None:
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(NnipConfig, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"energy_force_weight": 2.0}, "--energy-force-weight does nothing without --stable$"),
+     ({"observable": "none"}, "--observable does nothing without --stable$"),
+     ({"temperature": 300.0}, "--temperature does nothing without --stable: `stabletrain nnip benchmark RUN` has"),
+     ({"benchmark_temperatures": (350.0,)}, "--benchmark-temperatures does nothing without --stable:"),
+     ({"minimum_rate": 1e-5}, "--minimum-rate does nothing with --lr-decay cosine"),
+     ({"stable": True, "learning_rate": 1e-3}, "--learning-rate does nothing with --stable: train the base with it"),
+     ({"stable": True, "batch_size": 5}, "--batch-size does nothing with --stable"),
+     ({"stable": True, "damping": 1.0}, "--damping does nothing with --thermostat nose-hoover"),
+     ({"stable": True, "thermostat": "baoab", "relaxation_time": 5.0}, "--relaxation-time does nothing"),
+     ({"stable": True, "residual_batch": 4}, "--residual-batch does nothing with --residual full-sample"),
+     ({"stable": True, "reuse_steps": 1, "reuse_ratio": 0.5}, "--reuse-ratio does nothing"),
+     ({"stable": True, "benchmark_replicas": 0, "benchmark_time": 2.0}, "--benchmark-time does nothing")],
+)  # fmt: skip
+def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(make_config(NnipConfig, options))
+
+
+@pytest.mark.parametrize(
+    "options", [{"distance_reach": 15.0}, {"stable": True, "distance_reach": 15.0}, {"stable": True}]
+)
+def test_a_resolved_configuration_resolves_to_itself(options: dict[str, Any]) -> None:
+    resolved = resolve(make_config(NnipConfig, options))
+    assert resolve(make_config(NnipConfig, to_dict(resolved))) == resolved
 
 
 # --- error tables -----------------------------------------------------------------------------------------------------
