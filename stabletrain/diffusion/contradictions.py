@@ -32,6 +32,8 @@ ONLY_FOR: Mapping[str, tuple[str, ...]] = {
 """Options that only some backbones have."""
 
 TAKES_KAPPA = ("cs", "const")
+FEWEST_LEVELS: Mapping[str, int] = {"ddpm-linear": 21, "ddpm-scaled-linear": 13}
+"""Noise levels below which a schedule, scaled to their number, would remove more variance than there is."""
 HANDWRITING = ("digits", "mnist", "emnist")
 
 
@@ -180,6 +182,12 @@ def _kind_of_time(process: str) -> str:
 
 
 def _sampler_problems(config: DiffusionConfig) -> Iterator[str]:
+    fewest = FEWEST_LEVELS.get(config.process, 2)
+    if config.diffusion_steps is not None and config.diffusion_steps < fewest:
+        yield (
+            f"--diffusion-steps {config.diffusion_steps} is too few for {config.process}, whose last level would then "
+            f"keep nothing of the image: use at least {fewest}, or --process ddpm-cosine"
+        )
     problem = sampler_problem(config, config.sampler, config.sampling_steps)
     if problem:
         yield problem

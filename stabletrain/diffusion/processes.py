@@ -219,12 +219,17 @@ class DDPM:
     network is told i, or i + 1 with the scaled-linear schedule, as U-ViT's text-to-image networks count.
 
     Source: Ho et al. 2020, Eqs. 4 and 14.
+    Raises: `ValueError` for so few levels that a beta of the schedule would reach 1.
     """
 
     schedule: str = "linear"
     count: int = 1000
 
     prior_scale = 1.0
+
+    def __post_init__(self) -> None:
+        if BETAS[self.schedule](self.count).max() >= 1:
+            raise ValueError(f"the {self.schedule} schedule of {self.count} levels has a beta of 1 or more")
 
     def draw_times(self, key: Array, count: int) -> Array:
         return jax.random.randint(key, (count,), 0, self.count)

@@ -170,6 +170,8 @@ def test_judging_follows_the_data():
         ({"sampler": "heun", "process": "ddpm-linear", "sampling_steps": 2003}, "more than the 1000 levels"),
         ({"churn": 10.0}, "--churn does nothing with --sampler ddim"),
         ({"process": "ddpm-cosine", "sampling_steps": 1001}, "1000 levels"),
+        ({"process": "ddpm-linear", "diffusion_steps": 20, "sampling_steps": 5}, "too few for ddpm-linear.*least 21"),
+        ({"process": "ddpm-scaled-linear", "diffusion_steps": 12, "sampling_steps": 5}, "use at least 13"),
         ({"sampler": "ddpm", "ddim_eta": 0.5}, "--ddim-eta does nothing"),
         ({"horizontal_flip": True}, "mirrored character"),
         ({"ema_decay": 0.0, "ema_ramp": True}, "--ema-ramp does nothing"),

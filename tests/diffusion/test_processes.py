@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stabletrain.diffusion.contradictions import FEWEST_LEVELS
 from stabletrain.diffusion.processes import (
+    BETAS,
     DDPM,
     PROCESSES,
     VPSDE,
@@ -84,6 +86,17 @@ def test_schedules_have_their_known_ends():
     assert cosine[0] == pytest.approx(4.128e-5, rel=1e-3)
     assert cosine[-1] == 0.999
     assert np.all(np.diff(cosine[:-1]) > 0)
+
+
+def test_too_few_levels_for_a_schedule_are_refused():
+    """Scaled to n levels, its betas grow as 1000 / n; at 1 nothing of the image is left, and beyond there is no root."""
+    for name in ("linear", "scaled-linear", "cosine"):
+        fewest = FEWEST_LEVELS.get(f"ddpm-{name}", 2)
+        assert BETAS[name](fewest).max() < 1
+        assert np.isfinite(DDPM(name, fewest).marginal(np.arange(fewest))).all()
+        if fewest > 2:
+            with pytest.raises(ValueError, match="a beta of 1 or more"):
+                DDPM(name, fewest - 1)
 
 
 @pytest.mark.parametrize("process", ALL)

@@ -134,6 +134,11 @@ def test_a_refused_file_is_one_line_with_its_exit_code(tmp_path, capsys):
         (["--weights", "uvit.npz", "--heads", "2", "--image-size", "16"], 2, "the checkpoint's is 8"),
         (["--weights", "uvit.npz", "--heads", "2", "--skip-scaling", "ls"], 2, "weights of its own"),
         (["--weights", "uvit.npz", "--heads", "2", "--process", "vp-sd"], 2, "did you mean 'vp-sde'"),
+        (
+            ["--weights", "uvit.npz", "--heads", "2", "--process", "ddpm-linear", "--diffusion-steps", "10"],
+            2,
+            "--diffusion-steps 10 is too few for ddpm-linear",
+        ),
         (["--weights", "uvit.npz", "--heads", "2", "--checkpoint", "best"], 2, "--checkpoint does nothing"),
         (["--weights", "uvit.npz", "--heads", "2", "--label", "1"], 2, "knows no labels"),
         (["--weights", "uvit.npz", "RUN"], 2, "either the run or the file"),
