@@ -90,9 +90,11 @@ class DiffusionConfig(ScoreConfig):
     resample_filter: tuple[int, ...] = option(
         (), "unet with adm or ddpm++ blocks: taps of the resampling filter; 1 1, or NCSN++'s 1 3 3 1.", panel=NETWORK
     )
-    channel_multipliers: tuple[int, ...] = option((), "unet: channels of each level, times the width.", panel=NETWORK)
+    channel_multipliers: tuple[int, ...] = option(
+        (), "unet: channels of each level, times the width.", panel=NETWORK, minimum=1
+    )
     attention: tuple[int, ...] | None = option(
-        None, "unet: sizes of the feature maps that get self-attention.", panel=NETWORK
+        None, "unet: sizes of the feature maps that get self-attention.", panel=NETWORK, minimum=1
     )
     dropout: float | None = option(None, "unet: dropout rate.", panel=NETWORK, minimum=0.0, maximum=0.95)
     class_conditional: bool | None = option(
@@ -265,11 +267,16 @@ PUBLISHED_TRAINING: Mapping[str, Mapping[str, Any]] = {
         "steps": 390_625, "learning_rate": 1e-3, "warmup_steps": 19_531, "gradient_clip": 0.0, "dropout": 0.13,
         "ema_decay": 0.99929, "ema_ramp": True,
     },
+    "uvit-s4": {"warmup_steps": 5000, "beta2": 0.99},
+    "uvit-m4": {"steps": 300_000, "learning_rate": 3e-4, "warmup_steps": 5000, "beta2": 0.99},
+    "uvit-l4": {"steps": 300_000, "learning_rate": 3e-4, "warmup_steps": 5000, "beta2": 0.99},
 }  # fmt: skip
-"""How the released code trains a network, where it is not as `PAPER_UNET`; the last two as Karras et al. 2022 do.
+"""How the released code trains a network, where it is not as `PAPER_UNET` or `PAPER_UVIT`.
 
-The batches are 128 (iDDPM), 4096 (ADM, 2,500 million images) and 512 (DDPM++, 200 million): a warm-up of 10 million
-images, and averages of half-life 50 and 0.5 million images. Differs: EDM's average ramps up as 5 % of the images seen.
+`unet-adm64` and `unet-ddpmpp` are as Karras et al. 2022 train them. The batches, which `--batch-size` sets, are 128
+(iDDPM), 4096 (ADM, 2,500 million images), 512 (DDPM++, 200 million), 128 (U-ViT-S/4 on CelebA) and 1024 (M/4 and L/4 on
+ImageNet). ADM and DDPM++ warm up for 10 million images and average with half-lives of 50 and 0.5 million. Differs:
+EDM's average ramps up as 5 % of the images seen.
 """
 
 TEXT_TRAINING: dict[str, Any] = {

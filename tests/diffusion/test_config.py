@@ -146,6 +146,9 @@ def test_judging_follows_the_data():
         ({"backbone": "uvit", "skip_scaling": "cs", "kappa_indexing": "per-level"}, "belongs to unet"),
         ({"backbone": "uvit", "block_style": "adm"}, "--block-style does nothing with --backbone uvit"),
         ({"heads": 2, "head_channels": 8}, "--heads 2 does nothing with --head-channels 8"),
+        ({"channel_multipliers": (0,)}, "'channel_multipliers' is 0, but must be at least 1"),
+        ({"channel_multipliers": (1, -2)}, "'channel_multipliers' is -2, but must be at least 1"),
+        ({"attention": (0,)}, "'attention' is 0, but must be at least 1"),
         ({"head_channels": 9, "width": 16, "channel_multipliers": (1, 2)}, "32 channels at level 2 are no multiple"),
         ({"block_style": "iddpm", "resample_filter": (1, 3, 3, 1)}, "it belongs to adm and ddpm"),
         ({"block_style": "adm", "resample_filter": (1, 2, 1)}, "an even number"),
@@ -300,6 +303,22 @@ def test_published_unets_have_the_published_skips_heads_and_training():
     edm = resolve(configured(backbone="unet-ddpmpp", dataset="cifar10"))
     assert pytest.approx(edm.ema_decay, abs=1e-5) == 0.5 ** (512 / 0.5e6)
     assert (edm.learning_rate, edm.warmup_steps, edm.dropout) == (1e-3, 19_531, 0.13)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dataset", "expected"),
+    [
+        ("uvit-s2", "cifar10", (500_000, 2e-4, 2500, 0.99, 0.999)),
+        ("uvit-s4", "celeba64", (500_000, 2e-4, 5000, 0.99, 0.99)),
+        ("uvit-m4", "imagenet64", (300_000, 3e-4, 5000, 0.99, 0.99)),
+        ("uvit-l4", "imagenet64", (300_000, 3e-4, 5000, 0.99, 0.99)),
+    ],
+)
+def test_a_published_uvit_is_trained_as_its_released_configuration_says(backbone, dataset, expected):
+    """Bao et al. 2023, released configurations: steps, learning rate, warm-up and AdamW's betas."""
+    config = resolve(configured(backbone=backbone, dataset=dataset))
+    assert (config.steps, config.learning_rate, config.warmup_steps, config.beta1, config.beta2) == expected
+    assert (config.weight_decay, config.ema_decay, config.gradient_clip) == (0.03, 0.9999, 0.0)
 
 
 def test_a_resampling_filter_reaches_the_network():

@@ -89,7 +89,7 @@ def test_schedules_have_their_known_ends():
 
 
 def test_too_few_levels_for_a_schedule_are_refused():
-    """Scaled to n levels, its betas grow as 1000 / n; at 1 nothing of the image is left, and beyond there is no root."""
+    """Scaled to n levels, its betas grow as 1000 / n; at 1 nothing of the image is left, then no root."""
     for name in ("linear", "scaled-linear", "cosine"):
         fewest = FEWEST_LEVELS.get(f"ddpm-{name}", 2)
         assert BETAS[name](fewest).max() < 1
