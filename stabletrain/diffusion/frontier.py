@@ -1,8 +1,8 @@
 """The largest learning rate that still trains, by skip scaling and depth, on the network of ScaleLong's theorems.
 
-One compiled program for each scaling and depth: all rates and all seeds at once, as a batch of networks. The noise
-process, loss, optimiser and warm-up are those of `stabletrain diffusion --backbone mlp`; what is left out is the
-monitor, which changes nothing, and evaluation.
+One compiled program for each scaling and depth, which trains a network for every rate and seed, one after the other.
+The noise process, loss, optimiser and warm-up are those of `stabletrain diffusion --backbone mlp`; what is left out is
+the monitor, which changes nothing, and evaluation.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def train_cell(
     """Trains `len(rates)` x `seeds` networks of `depth` skips on the handwritten digits.
 
     Equal seeds start from the same weights and see the same images, times and noise whatever the rate and scaling.
-    AdamW with beta (0.9, 0.99), rate linear from 0 over `warmup` steps, then constant. `precision` is that of the
+    AdamW with beta (0.9, 0.99), rate linear from 0 over `warmup` steps, then constant; without
+    warm-up the first update has the whole rate. `precision` is that of the
     network's products and features; weights, loss and optimiser stay in float32, and no loss is scaled.
     """
     images = to_float(jnp.asarray(digits().train_images))
@@ -133,7 +134,7 @@ def train_cell(
             params, moments = state
             loss, gradient = jax.value_and_grad(loss_of)(params, jax.random.fold_in(key, position + 1))
             update, moments = optimizer.update(gradient, moments, params)
-            now = rate * jnp.minimum(position / max(warmup, 1), 1.0)
+            now = rate * jnp.minimum(position / warmup, 1.0) if warmup else rate
             params = jax.tree.map(lambda p, u: p + now * u, params, update)
             return (params, moments), (loss, jnp.isfinite(loss + optax.tree.norm(gradient, squared=True)))
 

@@ -63,7 +63,11 @@ def frontier(
     }  # fmt: skip
     options = settings_from(FrontierOptions, preset, scale, given)
     from stabletrain.training.devices import configure_backend
+    from stabletrain.training.run_directory import readable_errors
 
+    parts = out / "parts"
+    with readable_errors(out):
+        parts.mkdir(parents=True, exist_ok=True)
     configure_backend(1, 1)
     import io
 
@@ -71,8 +75,6 @@ def frontier(
 
     from stabletrain.diffusion.frontier import frontier_figure, frontier_table
 
-    parts = out / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
     cells = []
     for depth in options.depths:
         for scaling in options.scalings:
@@ -97,8 +99,9 @@ def frontier(
     }
     files["frontier.json"] = (json.dumps(document, indent=2) + "\n").encode()
     files["frontier.md"] = frontier_table(cells, options.threshold).encode()
-    for file, content in files.items():
-        (out / file).write_bytes(content)
+    with readable_errors(out):
+        for file, content in files.items():
+            (out / file).write_bytes(content)
     if as_json:
         head = {"run_dir": str(out), "status": "done", "step": options.steps, "metrics": metrics}
         print(json.dumps({**head, "files": sorted(files)}, indent=2))
@@ -113,6 +116,7 @@ def _kept_cell(parts: Path, scaling: str, depth: int, options: FrontierOptions) 
     import numpy as np
 
     from stabletrain.diffusion.frontier import Cell, joined, train_cell
+    from stabletrain.training.run_directory import readable_errors
 
     settings = {
         name: value
@@ -132,14 +136,15 @@ def _kept_cell(parts: Path, scaling: str, depth: int, options: FrontierOptions) 
         cells.append(train_cell(scaling, depth, missing, **settings))
         whole = joined(cells)
         unfinished = path.with_name(f".{path.name}")
-        with unfinished.open("wb") as stream:
-            np.savez(
-                stream,
-                settings=np.asarray(asked),
-                rates=np.asarray(whole.rates),
-                final=whole.final,
-                oscillation=whole.oscillation,
-                overflow=whole.overflow,
-            )
-        unfinished.replace(path)
+        with readable_errors(parts):
+            with unfinished.open("wb") as stream:
+                np.savez(
+                    stream,
+                    settings=np.asarray(asked),
+                    rates=np.asarray(whole.rates),
+                    final=whole.final,
+                    oscillation=whole.oscillation,
+                    overflow=whole.overflow,
+                )
+            unfinished.replace(path)
     return joined(cells).at(options.rates)

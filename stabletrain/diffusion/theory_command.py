@@ -60,7 +60,10 @@ def theory(
     if options.uvit_depth % 2 or options.uvit_width % 4:
         raise ConfigError("the U-ViT needs an even depth, and a width that its 4 attention heads divide")
     from stabletrain.training.devices import configure_backend
+    from stabletrain.training.run_directory import readable_errors
 
+    with readable_errors(out):  # before minutes of measuring
+        out.mkdir(parents=True, exist_ok=True)
     configure_backend(1, 1)
     from stabletrain.diffusion import theory as laboratory
     from stabletrain.diffusion.theory_figures import Laboratory, files_of, metrics_of, table_of
@@ -117,9 +120,9 @@ def theory(
         "theory.json": (json.dumps(document, indent=2) + "\n").encode(),
         "theory.md": table_of(found).encode(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    for file, content in files.items():
-        (out / file).write_bytes(content)
+    with readable_errors(out):
+        for file, content in files.items():
+            (out / file).write_bytes(content)
     if as_json:
         head = {"run_dir": str(out), "status": "done", "step": 0, "metrics": metrics}
         print(json.dumps({**head, "files": sorted(files)}, indent=2))

@@ -103,10 +103,12 @@ def _finish(out: Path, name: str, document: Mapping[str, Any], files: Mapping[st
 
 def _prepare(out: Path, parts: str) -> Path:
     from stabletrain.training.devices import configure_backend
+    from stabletrain.training.run_directory import readable_errors
 
-    configure_backend(1, 1)
     folder = out / parts
-    folder.mkdir(parents=True, exist_ok=True)
+    with readable_errors(out):
+        folder.mkdir(parents=True, exist_ok=True)
+    configure_backend(1, 1)
     return folder
 
 
@@ -339,7 +341,7 @@ def random_architectures(
         to_document,
         to_markdown,
     )
-    from stabletrain.training.run_directory import RunDirectory, is_run
+    from stabletrain.training.run_directory import RunDirectory, is_run, readable_errors
 
     elsewhere = [scores_from_csv(path, metric) for path in scores_of or ()]
     scores = join_scores([*elsewhere, read_scores(study, metric)])
@@ -362,10 +364,14 @@ def random_architectures(
         "comparisons": [to_document(each, metric, anchors) for each in comparisons],
     }
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "random-architectures-success.md").write_text(text, encoding="utf-8")
-        (out / "random-architectures-success.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        (out / "random-architectures-scores.csv").write_text(to_csv(scores, metric), encoding="utf-8")
+        with readable_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            for name, content in (
+                ("success.md", text),
+                ("success.json", json.dumps(document, indent=2) + "\n"),
+                ("scores.csv", to_csv(scores, metric)),
+            ):
+                (out / f"random-architectures-{name}").write_text(content, encoding="utf-8")
     if as_json:
         metrics = {f"{each.second}/sign_p": to_document(each, metric, anchors)["sign_p"] for each in comparisons}
         head = {"run_dir": str(study), "status": "done", "step": 0, "metrics": metrics}

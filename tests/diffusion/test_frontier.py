@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from stabletrain.cli.main import run
 from stabletrain.diffusion.frontier import Cell, _around_line, frontier_table, joined
 
 
@@ -82,6 +83,20 @@ def test_a_rate_that_is_far_too_large_overflows_and_a_small_one_does_not():
     settings = {"kappa": 0.7, "width": 64, "batch": 2, "steps": 8, "warmup": 0, "weight_decay": 0.0, "seeds": 1}
     found = train_cell("none", 1, (1e-3, 1e30), precision="bfloat16", **settings)
     assert found.overflow[0].tolist() == [-1]
-    assert found.overflow[1].tolist() == [2]  # the first update has rate 0, and the second shows in the step after it
+    assert found.overflow[1].tolist() == [1]  # the first update has the whole rate, and shows in the step after it
     assert np.isfinite(found.final[0]).all()
     assert found.trains(100.0).tolist() == [[True], [False]]
+    warmed = train_cell("none", 1, (1e30,), precision="bfloat16", **(settings | {"warmup": 1}))
+    assert warmed.overflow.tolist() == [[2]]  # the first update has rate 0
+
+
+def test_a_file_as_folder_is_refused(tmp_path, monkeypatch, capsys):
+    from stabletrain.diffusion import frontier as laboratory
+
+    def trained(*given, **settings):
+        raise AssertionError("trained first")
+
+    monkeypatch.setattr(laboratory, "train_cell", trained)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(["diffusion", "frontier", "--out", str(tmp_path / "notes.txt"), "--quiet"]) == 1
+    assert "cannot write" in capsys.readouterr().err

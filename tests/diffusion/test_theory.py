@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stabletrain.cli.main import run
 from stabletrain.diffusion import theory as laboratory
 from stabletrain.diffusion.skip_chain import skip_chain
 from stabletrain.diffusion.theory import SCALINGS, Robustness, aligned_decoders, unrolled_bound
@@ -137,6 +138,17 @@ def test_group_norm_cancels_a_constant_coefficient_exactly_where_its_groups_are_
     assert np.all(found.merged > 0.1)
     # rounding of the statistics, in float32
     np.testing.assert_allclose(found.normalized, 0.0, atol=1e-5)
+
+
+def test_a_file_as_folder_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    def measured(*given, **settings):
+        raise AssertionError("measured first")
+
+    monkeypatch.setattr(laboratory, "forward_norms", measured)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(["diffusion", "theory", "--out", str(tmp_path / "notes.txt"), "--quiet"]) == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.slow

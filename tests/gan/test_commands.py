@@ -43,6 +43,13 @@ def test_a_run_that_is_interrupted_ends_in_the_same_bits(tmp_path, monkeypatch, 
     assert "grid.png" in files
 
 
+@pytest.mark.parametrize("figure", ["value-surfaces", "gradient-norms"])
+def test_a_file_as_folder_of_a_figure_is_refused(figure, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(["gan", figure, "--out", str(tmp_path / "notes.txt"), "--quiet"]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

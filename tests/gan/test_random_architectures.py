@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from stabletrain.errors import ConfigError, DataError
+from stabletrain.errors import ConfigError, DataError, RunDirectoryError
 from stabletrain.gan.config import GanConfig
 from stabletrain.gan.figure_commands import random_architectures
 from stabletrain.gan.random_architectures import (
@@ -131,6 +131,9 @@ def test_the_command_prints_and_writes(study, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["metrics"] == {"gp/sign_p": 1.0}
     with pytest.raises(ConfigError, match="--minimum"):
         random_architectures(study, METRIC)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="cannot write"):
+        random_architectures(study, METRIC, minimum=[2.5], out=tmp_path / "notes.txt")
 
 
 def test_architectures_of_another_machine_are_joined_by_their_table(study, tmp_path, capsys):
