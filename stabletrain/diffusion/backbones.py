@@ -8,7 +8,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from stabletrain.diffusion.config import DiffusionConfig
+from stabletrain.diffusion.config import DiffusionConfig, attention_for
+from stabletrain.diffusion.contradictions import unet_size_problems
 from stabletrain.diffusion.learned_variance import LearnedVarianceDDPM
 from stabletrain.diffusion.processes import DDPM, PROCESSES, Process
 from stabletrain.diffusion.skip_mlp import SkipMLP
@@ -43,12 +44,10 @@ def _uvit(
 
 def _unet(config: DiffusionConfig, shape: tuple[int, int, int], common: Mapping[str, Any]) -> UNet:
     size, _, channels = shape
-    halvings = len(config.channel_multipliers) - 1
-    if size % 2**halvings:
-        raise ConfigError(
-            f"{halvings + 1} levels halve the image {halvings} times, but its {size} pixels are not divisible by "
-            f"{2**halvings}: use fewer --channel-multipliers or another --image-size"
-        )
+    if config.attention is None:  # the user's own data, whose size was not known before
+        config = dataclasses.replace(config, attention=attention_for(size, len(config.channel_multipliers)))
+    for problem in unet_size_problems(config, size):
+        raise ConfigError(problem)
     style = STYLES[config.block_style or "ddpm"]
     if config.resample_filter:
         style = dataclasses.replace(style, resample_filter=config.resample_filter)

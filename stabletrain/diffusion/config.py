@@ -19,7 +19,7 @@ from stabletrain.diffusion.choices import (
     SAMPLER_NAMES,
     SKIP_SCALING_NAMES,
 )
-from stabletrain.diffusion.contradictions import TAKES_KAPPA, problems, reads_text
+from stabletrain.diffusion.contradictions import TAKES_KAPPA, feature_sizes, problems, reads_text
 from stabletrain.errors import ConfigError
 from stabletrain.metrics.score_config import ScoreConfig, chosen_extractor, chosen_resize
 from stabletrain.training.config import fields_of, option, replace
@@ -94,7 +94,11 @@ class DiffusionConfig(ScoreConfig):
         (), "unet: channels of each level, times the width.", panel=NETWORK, minimum=1
     )
     attention: tuple[int, ...] | None = option(
-        None, "unet: sizes of the feature maps that get self-attention.", panel=NETWORK, minimum=1
+        None,
+        "unet: sizes of the feature maps that get self-attention; by default those of 16 pixels, or the second level's, "
+        "in networks for images of more than 16 pixels.",
+        panel=NETWORK,
+        minimum=1,
     )
     dropout: float | None = option(None, "unet: dropout rate.", panel=NETWORK, minimum=0.0, maximum=0.95)
     class_conditional: bool | None = option(
@@ -306,16 +310,23 @@ def _network_values(config: DiffusionConfig, image_size: int, published: bool) -
     levels = 4
     while image_size and image_size % 2 ** (levels - 1):
         levels -= 1  # 28 pixels can be halved twice only
-    values = PAPER_UNET | {"channel_multipliers": (1, 2, 2, 2)[:levels]}
-    sizes = [image_size // 2**level for level in range(levels)]
-    return values | {"attention": (16,) if not image_size or 16 in sizes else (sizes[1],) if levels > 1 else ()}
+    multipliers = config.channel_multipliers or (1, 2, 2, 2)[:levels]
+    attention = attention_for(image_size, len(multipliers)) if image_size else None
+    return PAPER_UNET | {"channel_multipliers": multipliers, "attention": attention}
+
+
+def attention_for(image_size: int, levels: int) -> tuple[int, ...]:
+    """Feature maps that attend where nobody says: those of 16 pixels, as in the paper, or else the second level's."""
+    sizes = feature_sizes(image_size, levels)
+    return (16,) if 16 in sizes else (sizes[1],) if levels > 1 else ()
 
 
 def resolve(config: DiffusionConfig) -> DiffusionConfig:
     """The same configuration with every open value filled in: by backbone, data set and the other options.
 
-    Options that do not apply (kappa where nothing is scaled by it) stay unset; `image_size` and `patch_size` stay 0,
-    "as the data are" and "a sixteenth of that", for the user's own data. Raises: `ConfigError` as `check` does.
+    Options that do not apply (kappa where nothing is scaled by it) stay unset. For the user's own data `image_size` and
+    `patch_size` stay 0, "as the data are" and "a sixteenth of that", and `attention` None, as `attention_for` has it at
+    their size. Raises: `ConfigError` as `check` does.
     """
     name, published = config.backbone, config.backbone in PUBLISHED
     config = named_network(config)

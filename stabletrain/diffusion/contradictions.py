@@ -87,34 +87,41 @@ def _shape_problems(config: DiffusionConfig) -> Iterator[str]:
     if config.heads and config.width % config.heads:
         yield f"--width {config.width} is not divisible by {config.heads} attention heads"
     yield from _unet_problems(config)
-    if config.backbone == "unet" and config.image_size and config.channel_multipliers:
-        halvings = len(config.channel_multipliers) - 1
-        if config.image_size % 2**halvings:
-            yield (
-                f"{halvings + 1} levels halve the image {halvings} times, but {config.image_size} is not divisible "
-                f"by {2**halvings}"
-            )
-        sizes = [config.image_size // 2**level for level in range(len(config.channel_multipliers))]
+    if config.backbone == "unet" and config.channel_multipliers:
+        yield from unet_size_problems(config, config.image_size)
+
+
+def feature_sizes(image_size: int, levels: int) -> list[int]:
+    """Pixels along the feature maps of a UNet's levels, the first those of the image."""
+    return [image_size // 2**level for level in range(levels)]
+
+
+def unet_size_problems(config: DiffusionConfig, image_size: int) -> Iterator[str]:
+    """What a UNet with these `channel_multipliers` cannot be on images of a size; 0: not known yet."""
+    multipliers = config.channel_multipliers
+    halvings = len(multipliers) - 1
+    sizes = feature_sizes(image_size, len(multipliers))
+    if image_size % 2**halvings:
+        yield (
+            f"{halvings + 1} levels halve the image {halvings} times, but {image_size} pixels are not divisible by "
+            f"{2**halvings}: use fewer --channel-multipliers or another --image-size"
+        )
+    elif image_size:
         for size in config.attention or ():
             if size not in sizes:
                 yield f"--attention {size} names no feature map: their sizes are {', '.join(map(str, sizes))}"
+    if not (config.head_channels and config.width):
+        return
+    for level, size in enumerate(sizes):
+        attends = level == halvings or (image_size and size in (config.attention or ()))  # the last: in the middle
+        width = config.width * multipliers[level]
+        if attends and width % config.head_channels:
+            yield f"{width} channels at level {level + 1} are no multiple of --head-channels {config.head_channels}"
 
 
 def _unet_problems(config: DiffusionConfig) -> Iterator[str]:
     if config.heads and config.head_channels:
         yield f"--heads {config.heads} does nothing with --head-channels {config.head_channels}"
-    if config.head_channels and config.width and config.channel_multipliers:
-        attending = {len(config.channel_multipliers) - 1}  # the middle
-        if config.image_size:
-            attending |= {
-                level
-                for level in range(len(config.channel_multipliers))
-                if config.image_size // 2**level in (config.attention or ())
-            }
-        for level in sorted(attending):
-            width = config.width * config.channel_multipliers[level]
-            if width % config.head_channels:
-                yield f"{width} channels at level {level + 1} are no multiple of --head-channels {config.head_channels}"
     taps = config.resample_filter
     if taps and config.block_style not in (None, *RESAMPLING_STYLES):
         yield (

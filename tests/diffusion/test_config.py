@@ -326,6 +326,36 @@ def test_a_resampling_filter_reaches_the_network():
     assert build_network(config, (8, 8, 1), num_classes=0, dtype=None).style.resample_filter == (1, 3, 3, 1)
 
 
+def test_attention_of_own_data_is_chosen_when_their_size_is_known():
+    for values in ({"data": "mine.npz"}, {"data": "mine.npz", "head_channels": 16}):
+        config = resolve(configured(**values))
+        assert config.attention is None, "no file has been opened yet"
+        for size, attention in ((24, (12,)), (32, (16,)), (64, (16,)), (8, (4,))):
+            assert build_network(config, (size, size, 3), num_classes=0, dtype=None).attention_resolutions == attention
+    assert resolve(configured(data="mine.npz", image_size=24)).attention == (12,)
+    assert resolve(configured(dataset="celeba64", channel_multipliers=(1, 2))).attention == (32,)
+    none = resolve(configured(data="mine.npz", attention=()))
+    assert build_network(none, (32, 32, 3), num_classes=0, dtype=None).attention_resolutions == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"channel_multipliers": (1, 2), "attention": (16,)}, "--attention 16 names no feature map.*are 24, 12$"),
+        ({"backbone": "unet-iddpm64"}, "--attention 16 names no feature map.*are 24, 12, 6, 3$"),
+        ({"channel_multipliers": (1, 2, 2, 2, 2)}, "24 pixels are not divisible by 16: use fewer"),
+        ({"channel_multipliers": (1, 4), "attention": (24,), "width": 8}, "8 channels at level 1 are no multiple of"),
+        ({"channel_multipliers": (1, 2), "attention": (24,), "width": 24}, "24 channels at level 1 are no multiple"),
+    ],
+)
+def test_what_own_data_of_24_pixels_do_not_allow_is_refused_once_they_are_read(values, message):
+    if "width" in values:
+        values = {**values, "head_channels": 16}
+    config = resolve(configured(data="mine.npz", **values))
+    with pytest.raises(ConfigError, match=message):
+        build_network(config, (24, 24, 3), num_classes=0, dtype=None)
+
+
 def test_a_published_name_keeps_the_paper_s_training_on_small_images_too():
     assert resolve(configured(backbone="uvit-s2")).learning_rate == 2e-4
     assert resolve(configured(backbone="uvit")).learning_rate == 2e-3
