@@ -11,7 +11,7 @@ import typer
 
 from stabletrain.cli.help import PanelCommand, PanelGroup, help_if_alone
 from stabletrain.cli.text import is_terminal, pairs, print_json, table
-from stabletrain.errors import EXIT_DATA, EXIT_OK
+from stabletrain.errors import EXIT_DATA, EXIT_OK, ConfigError
 from stabletrain.nnip.make_md import make_md_command
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -56,6 +56,7 @@ def list_(as_json: Json = False) -> int:
     print(table(("name", "images", "classes", "training", "where", "about"), lines))
     if any(place is None for _, place in entries):
         print("\nWhat to put where: stabletrain data info NAME. Your own data: --data FILE in any training command.")
+    print("\nThese are images; frames of molecules are chosen by `stabletrain nnip --dataset` and --data.")
     return EXIT_OK
 
 
@@ -68,6 +69,7 @@ def info(
     """Describe a data set: sizes, classes, fingerprint, where it is or what to put where."""
     from stabletrain.data.check import dataset_info
 
+    _refuse_frames(name)
     described = dataset_info(name, image_size=image_size)
     if as_json:
         print_json(described)
@@ -116,6 +118,7 @@ def check(
     from stabletrain.data.check import check_dataset
     from stabletrain.data.locate import named
 
+    _refuse_frames(name)
     own = name not in CATALOGUE and (Path(name).expanduser().exists() or Path(name).suffix or len(Path(name).parts) > 1)
     if name not in CATALOGUE and not own:
         named(name)  # raises, with the nearest name
@@ -129,6 +132,13 @@ def check(
     else:
         print(f"{name}: all is well")
     return EXIT_DATA if problems else EXIT_OK
+
+
+def _refuse_frames(name: str) -> None:
+    from stabletrain.nnip.frames import DATASETS
+
+    if name in DATASETS:
+        raise ConfigError(f"{name} holds frames of molecules, not images: `stabletrain nnip --dataset {name}` reads it")
 
 
 def _print_info(described: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -113,7 +114,8 @@ def run(arguments: Sequence[str]) -> int:
     _arrange_logging(debug=debug)
     try:
         given = [argument for argument in arguments if argument != "--debug"]
-        named = None if not given else "" if given[0].startswith("-") else given[0]
+        completing = f"_{PROGRAM.upper()}_COMPLETE" in os.environ
+        named = given[0] if given and not given[0].startswith("-") else None if completing else ""
         command = typer.main.get_command(build_app(named))
         code = command.main(args=given, prog_name=PROGRAM, standalone_mode=False)
         return int(code or 0)

@@ -263,7 +263,7 @@ def resolve(
         from_file = read_preset(preset, family, scale)
         values |= from_file
         origin |= dict.fromkeys(from_file, f"{preset} [{scale}]" if scale else str(preset))
-    explicit = checked_values(family.config, typed_values(fields_with_types(family.config), given))
+    explicit = checked_values(family.config, typed_values(fields_with_types(family.config), given), named=flag)
     shorthand_values = _shorthand_values(family, shorthands, explicit)
     for name, (value, shorthand) in shorthand_values.items():
         values[name], origin[name] = value, shorthand

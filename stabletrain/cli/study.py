@@ -172,7 +172,9 @@ SEEDS_OPTIONS = {
     ),
     "workers": (
         int,
-        typer.Option(0, "--workers", "-j", min=0, help="Runs at once with --seeds; 0: one per GPU, or per two cores."),
+        typer.Option(
+            0, "--workers", "-j", min=0, help="Runs at once with --seeds; 0: one per GPU, or per core as memory allows."
+        ),
     ),
 }
 """Options that every training command takes for studies."""

@@ -86,17 +86,17 @@ def train_command(
     """One command line of a family, from its options to its exit code."""
     resolved = resolve(family, given, preset=preset, scale=scale, shorthands=shorthands)
     path = out or RUNS / run_name(resolved.config, family.name)
-    if seeds is not None and not dry_run:
-        if fresh:
-            raise ConfigError("--fresh does nothing with --seeds: choose another --out for a new study")
-        study = out or path.with_name(path.name.rpartition("-s")[0])
-        chosen = seeds_of(seeds)
-        return seeds_command(family, resolved, study, chosen, workers=workers, as_json=as_json, quiet=quiet)
-    if workers:
+    chosen = None if seeds is None else seeds_of(seeds)
+    if chosen is not None and fresh:
+        raise ConfigError("--fresh does nothing with --seeds: choose another --out for a new study")
+    if chosen is None and workers:
         raise ConfigError("--workers does nothing without --seeds")
+    study = out or path.with_name(path.name.rpartition("-s")[0])
     if dry_run:
-        show_plan(family, resolved, path, as_json=as_json)
+        show_plan(family, resolved, path if chosen is None else study, seeds=chosen, as_json=as_json)
         return EXIT_OK
+    if chosen is not None:
+        return seeds_command(family, resolved, study, chosen, workers=workers, as_json=as_json, quiet=quiet)
     with make_reporter(quiet=quiet) as reporter:
         outcome = execute(family, resolved.config, path, reporter=reporter, fresh=fresh)
     show_outcome(family, outcome, resolved.config, as_json=as_json)
@@ -151,8 +151,8 @@ def _smaller(config: TrainConfig) -> str:
 # --- dry run ----------------------------------------------------------------------------------------------------------
 
 
-def show_plan(family: Family, resolved: Resolved, path: Path, *, as_json: bool) -> None:
-    """Prints the resolved configuration with the origin of its values, and what the run would cost.
+def show_plan(family: Family, resolved: Resolved, path: Path, *, seeds: list[int] | None, as_json: bool) -> None:
+    """Prints the resolved configuration with the origin of its values, and what the run, or one per seed, would cost.
 
     As text it is a preset file: `stabletrain FAMILY ... --dry-run > preset.toml`.
     """
@@ -172,11 +172,21 @@ def show_plan(family: Family, resolved: Resolved, path: Path, *, as_json: bool) 
             raise OutOfMemoryError(_smaller(config)) from error
         raise
     if as_json:
-        plan = {"family": family.name, "config": to_dict(config), "origin": resolved.origin, "estimate": cost.to_dict()}
+        plan: dict[str, Any] = {
+            "family": family.name,
+            "config": to_dict(config),
+            "origin": resolved.origin,
+            "estimate": cost.to_dict(),
+        }
+        if seeds is not None:
+            plan["seeds"] = seeds
         print_json({"run_dir": path, "status": "dry-run", "step": 0, "metrics": {}, **plan})
         return
     print("\n".join([*_config_lines(family, resolved), ""]))
-    print("\n".join(f"# {line}" for line in pairs({"run directory": str(path), **cost.lines()}).splitlines()))
+    where = {"run directory": str(path)} if seeds is None else {"study": str(path)}
+    if seeds is not None:
+        where["runs"] = f"{len(seeds)}, seeds {', '.join(map(str, seeds))}, each of this cost"
+    print("\n".join(f"# {line}" for line in pairs({**where, **cost.lines()}).splitlines()))
 
 
 def _refuse_to_download(config: TrainConfig) -> None:

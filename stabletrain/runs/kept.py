@@ -44,6 +44,8 @@ def read_kept(path: Path, spec: TableSpec, scale: str) -> KeptTable:
         if not document["complete"]:
             raise DataError(f"{path} is not complete: its missing runs cannot be told from those that diverged")
         cells = {(cell["row"], cell["column"]): cell for cell in document["cells"]}
+        if not all("values" in cell for cell in cells.values()):
+            raise DataError(f"{path} is of an older version, without the number of each seed: make the table again")
         values = {
             key: {int(seed): float("nan") if value is None else float(value) for seed, value in cell["values"].items()}
             for key, cell in cells.items()

@@ -146,8 +146,12 @@ def make_config(config_class: type[Config], values: Mapping[str, Any], *, source
     return config
 
 
-def checked_values(options: type, values: Mapping[str, Any], *, source: str = "") -> dict[str, Any]:
+def checked_values(
+    options: type, values: Mapping[str, Any], *, source: str = "", named: Callable[[str], str] = "option {!r}".format
+) -> dict[str, Any]:
     """Values by field name, each of the type of its field. `options` is any dataclass of `option(...)` fields.
+
+    `named` says how messages call a field: options of a command line are called by their flags.
 
     Raises: `ConfigError` as `make_config` does, except for combinations of values.
     """
@@ -159,7 +163,7 @@ def checked_values(options: type, values: Mapping[str, Any], *, source: str = ""
         key = name.replace("-", "_")
         if key not in fields:
             raise ConfigError(f"unknown option {name!r}{where}: {nearest(key, fields)}")
-        checked[key] = _checked_value(key, value, types_by_name[key], fields[key].metadata, where)
+        checked[key] = _checked_value(named(key), value, types_by_name[key], fields[key].metadata, where)
     return checked
 
 
@@ -174,18 +178,18 @@ def _checked_value(name: str, value: Any, annotation: Any, metadata: Mapping[str
     if typing.get_origin(annotation) is tuple:
         element = typing.get_args(annotation)[0]
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise ConfigError(f"option {name!r}{where} takes a list, not {value!r}")
+            raise ConfigError(f"{name}{where} takes a list, not {value!r}")
         return tuple(_checked_value(name, item, element, metadata, where) for item in value)
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
-        raise ConfigError(f"option {name!r}{where} takes {_type_name(annotation)}, not {value!r}")
+        raise ConfigError(f"{name}{where} takes {_type_name(annotation)}, not {value!r}")
     choices = metadata["choices"]
     if choices and value not in choices:
-        raise ConfigError(f"unknown value {value!r} for option {name!r}{where}: {nearest(str(value), choices)}")
+        raise ConfigError(f"unknown value {value!r} for {name}{where}: {nearest(str(value), choices)}")
     low, high = metadata["minimum"], metadata["maximum"]
     if annotation in (int, float) and not (low is None or value >= low):
-        raise ConfigError(f"option {name!r}{where} is {value}, but must be at least {low}")
+        raise ConfigError(f"{name}{where} is {value}, but must be at least {low}")
     if annotation in (int, float) and not (high is None or value <= high):
-        raise ConfigError(f"option {name!r}{where} is {value}, but must be at most {high}")
+        raise ConfigError(f"{name}{where} is {value}, but must be at most {high}")
     return value
 
 
@@ -216,7 +220,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"no config file {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path} is a folder, not a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}") from error
 
 

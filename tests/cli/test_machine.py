@@ -51,6 +51,13 @@ def test_data_info_describes_what_is_here_and_says_what_to_put_where(command: Co
     assert "did you mean 'cifar10'?" in said.error
 
 
+@pytest.mark.parametrize("asked", ["info", "check"])
+def test_frames_of_molecules_are_no_images(command: Command, asked: str) -> None:
+    said = command("data", asked, "aspirin-xtb")
+    assert said.code == 2
+    assert "`stabletrain nnip --dataset aspirin-xtb` reads it" in said.error
+
+
 def test_data_check_is_exit_code_3_when_anything_is_wrong(command: Command, tmp_path: Path) -> None:
     assert command("data", "check", "digits").out == "digits: all is well\n"
     images = np.zeros((6, 4, 4, 1), np.uint8)

@@ -36,6 +36,10 @@ sys.exit(code)
 """
 
 
+def test_without_arguments_it_prints_its_help(command: Command) -> None:
+    assert command().out == command("--help").out
+
+
 @pytest.mark.parametrize("arguments", [["--help"], *[[family, "--help"] for family in FAMILIES], ["sample", "-h"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=False)

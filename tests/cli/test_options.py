@@ -217,12 +217,15 @@ def test_an_option_of_another_family_is_named_as_such() -> None:
         (["toy", "--colou", "red"], "no such option --colou: did you mean --colour?"),
         (["toy", "--colour", "gren"], "unknown value 'gren' for --colour: did you mean 'green'?"),
         (["toy", "--steps"], "option '--steps' requires an argument"),
-        (["toy", "--bonus", "3"], "option 'bonus' is 3.0, but must be at most 2.0"),
+        (["toy", "--bonus", "3"], "error: --bonus is 3.0, but must be at most 2.0"),
         (["toi"], "no such command 'toi'. Did you mean 'toy'?"),
         (["data", "lst"], "no such command 'lst'. Did you mean 'list'?"),
         (["toy", "surplus"], "unexpected extra argument"),
         (["show"], "missing argument 'RUN'"),
         (["toy", "--config", "no.toml"], "no config file no.toml"),
+        (["toy", "--config", "."], ". is a folder, not a TOML file"),
+        (["toy", "--seeds", "0-a", "--dry-run"], "error: --seeds: "),
+        (["toy", "--seeds", "0-1", "--fresh", "--dry-run"], "--fresh does nothing with --seeds"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_code_2(command: Command, arguments: list[str], message: str) -> None:

@@ -97,6 +97,13 @@ def test_the_text_of_a_dry_run_is_a_preset_that_gives_the_same_config(command: C
     assert again == first
 
 
+def test_a_dry_run_of_several_seeds_says_how_many_runs_there_will_be(command: Command, tmp_path: Path) -> None:
+    assert command("toy", "--seeds", "1,3-4", "-n", "--json").document["seeds"] == [1, 3, 4]
+    said = command("toy", "--seeds", "1,3-4", "-n")
+    assert "3, seeds 1, 3, 4, each of this cost" in said.out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_step_in_plain_python_has_a_cost_too(command: Command) -> None:
     estimate = command("toy", "--plain", "-n", "--json").document["estimate"]
     assert estimate["flops_per_step"] is None

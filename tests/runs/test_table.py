@@ -185,6 +185,7 @@ def test_environments_are_joined() -> None:
         ('"complete": true', '"complete": false', "is not complete"),
         ('"scale": "small"', '"scale": "paper"', "at paper scale, not paper/main at small"),
         ('"column": "score"', '"column": "points"', "differ in their rows or columns"),
+        ('"values"', '"value"', "is of an older version, without the number of each seed"),
         ('"cells"', '"cell"', "is no table written by"),
         ("{", "", "is no table written by"),
     ],
