@@ -58,6 +58,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, network, chosen.rstrip(".") if len(before) > 1 else "")
 
 
+def refuse_no_pictures(path: Path, channels: int) -> None:
+    """Raises: `DataError` for a network of other channels than pictures have."""
+    if channels not in (1, 3):
+        raise DataError(
+            f"{path} is a network of {channels} channels, and pictures have 1 or 3: networks of latents without texts, "
+            "and those that enlarge a picture, cannot be used here"
+        )
+
+
 class CheckpointReader:
     """Takes arrays by name, each once, in float32 and of the shape that is due."""
 

@@ -95,8 +95,8 @@ class DiffusionConfig(ScoreConfig):
     )
     attention: tuple[int, ...] | None = option(
         None,
-        "unet: sizes of the feature maps that get self-attention; by default those of 16 pixels, or the second level's, "
-        "in networks for images of more than 16 pixels.",
+        "unet: sizes of the feature maps that get self-attention; by default 16 pixels, or the second "
+        "level's, on images of more than 16.",
         panel=NETWORK,
         minimum=1,
     )

@@ -12,11 +12,21 @@ from typing import Annotated
 
 import typer
 
-from stabletrain.diffusion.published import Published, PublishedOptions, experiment_of, read_published
-from stabletrain.errors import EXIT_OK
+from stabletrain.diffusion.published import (
+    Published,
+    PublishedOptions,
+    SamplingOptions,
+    experiment_of,
+    read_published,
+)
+from stabletrain.errors import EXIT_OK, RunDirectoryError
 from stabletrain.training.config import checked_values
 
-HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(PublishedOptions)}
+HELP = {
+    field.name: field.metadata["help"]
+    for options in (PublishedOptions, SamplingOptions)
+    for field in dataclasses.fields(options)
+}
 
 
 def import_weights(
@@ -32,6 +42,11 @@ def import_weights(
     qkv_order: Annotated[str | None, typer.Option(help=HELP["qkv_order"])] = None,
     process: Annotated[str | None, typer.Option(help=HELP["process"])] = None,
     diffusion_steps: Annotated[int | None, typer.Option(help=HELP["diffusion_steps"])] = None,
+    sampler: Annotated[str | None, typer.Option(help=HELP["sampler"])] = None,
+    sampling_steps: Annotated[int | None, typer.Option(help=HELP["sampling_steps"])] = None,
+    clip_denoised: Annotated[
+        bool | None, typer.Option("--clip-denoised/--no-clip-denoised", help=HELP["clip_denoised"])
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> int:
     """Make a run of a published checkpoint (U-ViT, DDPM, improved DDPM, ADM), to sample from, evaluate and export."""
@@ -39,7 +54,14 @@ def import_weights(
         "dataset": dataset, "image_size": image_size, "skip_scaling": skip_scaling, "kappa": kappa, "heads": heads,
         "qkv_order": qkv_order, "process": process, "diffusion_steps": diffusion_steps,
     }  # fmt: skip
-    published = read_published(file, PublishedOptions(**checked_values(PublishedOptions, given)), named=True)
+    asked = {"sampler": sampler, "sampling_steps": sampling_steps, "clip_denoised": clip_denoised}
+    _refuse_existing(out)
+    published = read_published(
+        file,
+        PublishedOptions(**checked_values(PublishedOptions, given)),
+        named=True,
+        sampling=SamplingOptions(**checked_values(SamplingOptions, asked)),
+    )
     step = _write_run(out, published)
     config, spec = published.config, published.spec
     if as_json:
@@ -48,6 +70,12 @@ def import_weights(
         print(f"{out}: {published.what}, {spec['name']}, {config.method}, {config.process}")
         print(f"next: stabletrain sample {out}{' --context FILE.npz' if spec.get('context_shape') else ''}")
     return EXIT_OK
+
+
+def _refuse_existing(out: Path) -> None:
+    """Raises: `RunDirectoryError` for a folder with a run or checkpoints: weights are put into a new one only."""
+    if (out / "config.toml").exists() or (out / "checkpoints").exists():
+        raise RunDirectoryError(f"{out} already holds a run, which an import does not change: choose another --out")
 
 
 def _write_run(out: Path, published: Published) -> int:
@@ -70,8 +98,8 @@ def _write_run(out: Path, published: Published) -> int:
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), due)
     state = state.replace(params=weights, ema=start_average(weights))
     run = RunDirectory.create(out, FAMILY.name, config)
-    run.update_record(data=published.spec, imported_from=published.file.name)
     Checkpoints(run.path).save(config.steps, state, dataclasses.asdict(Clock(step=config.steps)), wait=True)
+    run.update_record(data=published.spec, imported_from=published.file.name)
     run.write_status("done", config.steps, config.steps, reason="imported weights; not trained here")
     run.release()
     return config.steps

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stabletrain.diffusion.choices import PROCESS_NAMES, PUBLISHED, SKIP_SCALING_NAMES
+from stabletrain.diffusion.choices import PROCESS_NAMES, PUBLISHED, SAMPLER_NAMES, SKIP_SCALING_NAMES
 from stabletrain.diffusion.config import DiffusionConfig, resolve
 from stabletrain.errors import ConfigError
 from stabletrain.training.config import make_config, option
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stabletrain.diffusion.checkpoint_reader import Checkpoint
     from stabletrain.diffusion.experiment import DiffusionExperiment
     from stabletrain.diffusion.unet_import import ImportedUNet
+    from stabletrain.diffusion.uvit_import import ImportedUViT
 
 PANEL = "Published weights"
 
@@ -32,9 +33,11 @@ class PublishedOptions:
         None, "What it was trained on. [default: by size and labels, or the published network's]", panel=PANEL
     )
     image_size: int | None = option(
-        None, "Pixels along an image. [default: U-ViT's own, the data's, or the published network's]", panel=PANEL,
+        None,
+        "Pixels along an image, where they are not the data's. [default: the data's, or the published network's]",
+        panel=PANEL,
         minimum=1,
-    )  # fmt: skip
+    )
     skip_scaling: str = option(
         "none", "Constant skip scaling that it was trained with.", panel=PANEL, choices=SKIP_SCALING_NAMES
     )
@@ -60,6 +63,27 @@ class PublishedOptions:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a run of a checkpoint samples when it is evaluated. What is not given is as in any run."""
+
+    sampler: str | None = option(
+        None,
+        "Sampler of `evaluate`. [default: ddim; dpm-solver-2m with texts; ddpm-learned with a learned variance]",
+        panel=PANEL,
+        choices=SAMPLER_NAMES,
+    )
+    sampling_steps: int | None = option(
+        None, "Network evaluations per image. [default: 50; ddpm-learned's 250]", panel=PANEL, minimum=1
+    )
+    clip_denoised: bool | None = option(
+        None,
+        "Keep the estimated clean image in [-1, 1] at every sampling step; U-ViT's released code does not. [default: "
+        "yes, but not for latents]",
+        panel=PANEL,
+    )
+
+
 @dataclass(frozen=True)
 class Published:
     """A checkpoint as a resolved configuration, the description of its data, and parameters in our layout."""
@@ -79,17 +103,23 @@ class _Found:
     params: Any
 
 
-def read_published(file: Path, options: PublishedOptions, *, named: bool) -> Published:
+def read_published(
+    file: Path, options: PublishedOptions, *, named: bool, sampling: SamplingOptions | None = None
+) -> Published:
     """The network, process and data of a checkpoint of U-ViT, DDPM, improved DDPM or ADM.
 
     `named`: its data must be a set that is known here, as a run's are. Otherwise `image_size` does where the size is
     not in the file.
-    Raises: `DataError` for a file that is no such checkpoint, `ConfigError` for what must be told, or cannot be so.
+    Raises: `DataError` for a file that is no such checkpoint, or not of pictures or latents with texts; `ConfigError`
+    for what must be told, or cannot be so.
     """
+    from stabletrain.data.locate import named as known_as
     from stabletrain.diffusion.checkpoint_reader import open_checkpoint
     from stabletrain.diffusion.unet_import import is_unet
 
-    if options.skip_scaling not in (*SKIP_SCALING_NAMES[:3], "const"):
+    if options.dataset is not None:
+        known_as(options.dataset)
+    if options.skip_scaling in WITH_WEIGHTS:
         raise ConfigError(
             f"--skip-scaling {options.skip_scaling} has weights of its own, which a published checkpoint has not"
         )
@@ -101,9 +131,13 @@ def read_published(file: Path, options: PublishedOptions, *, named: bool) -> Pub
     if options.process is not None:
         values["process"] = options.process
         values.pop("diffusion_steps", None)
+    asked = {} if sampling is None else {k: v for k, v in vars(sampling).items() if v is not None}
+    if asked.get("sampler", values.get("sampler")) != values.get("sampler"):
+        values.pop("sampling_steps", None)  # those of the published sampler
     if options.diffusion_steps is not None:
         values["diffusion_steps"] = options.diffusion_steps
         values["sampling_steps"] = min(values.get("sampling_steps", SAMPLING_STEPS), options.diffusion_steps)
+    values |= asked
     config = resolve(make_config(DiffusionConfig, values))
     what = found.what + (f" (of several in the file, {checkpoint.chosen!r})" if checkpoint.chosen else "")
     return Published(file, what, config, found.spec, found.params)
@@ -134,20 +168,25 @@ def experiment_of(published: Published, devices: int = 1) -> tuple[DiffusionExpe
 
 
 def _uvit(checkpoint: Checkpoint, options: PublishedOptions, named: bool) -> _Found:
+    from stabletrain.diffusion.checkpoint_reader import refuse_no_pictures
     from stabletrain.diffusion.uvit_import import HEAD_SIZE, read_uvit
 
     if options.qkv_order is not None:
         raise ConfigError("--qkv-order does nothing for U-ViT, whose released code has one order")
     found = read_uvit(checkpoint)
+    if not found.context_shape:
+        refuse_no_pictures(checkpoint.path, found.channels)
     if options.image_size not in (None, found.image_size):
         raise ConfigError(f"--image-size {options.image_size} cannot be: the checkpoint's is {found.image_size}")
     if not options.heads and found.width % HEAD_SIZE:
         raise ConfigError(f"the width {found.width} is no multiple of {HEAD_SIZE}: say how many --heads it has")
     texts = bool(found.context_shape)
-    name = options.dataset or (TEXTS if texts else _dataset_of(found.image_size, found.embeddings, named))
+    name = options.dataset or (TEXTS if texts else _dataset_of(found, named))
     if texts != (name == TEXTS):
         reads = f"reads texts: its data are {TEXTS}" if texts else f"reads no texts, which {TEXTS} is made of"
         raise ConfigError(f"--dataset {name} cannot be: the checkpoint's network {reads}")
+    if not texts:
+        _refuse_other_pictures(name, found.channels, found.image_size, told=options.image_size is not None)
     spec = _spec(name, found.image_size, found.channels, found.embeddings, null=True)
     values = {
         "backbone": "uvit",
@@ -165,12 +204,12 @@ def _uvit(checkpoint: Checkpoint, options: PublishedOptions, named: bool) -> _Fo
     return _Found(f"U-ViT of width {found.width} and depth {found.depth}", values, spec, found.params)
 
 
-def _dataset_of(image_size: int, embeddings: int, named: bool) -> str:
-    known = {(32, False): "cifar10", (64, False): "celeba64", (64, True): "imagenet64"}
-    name = known.get((image_size, embeddings > 0), None if named else UNNAMED)
+def _dataset_of(found: ImportedUViT, named: bool) -> str:
+    known = {(32, 3, False): "cifar10", (64, 3, False): "celeba64", (64, 3, True): "imagenet64"}
+    name = known.get((found.image_size, found.channels, found.embeddings > 0), None if named else UNNAMED)
     if name is None:
-        kind = "with labels" if embeddings else "without labels"
-        raise ConfigError(f"images of {image_size} pixels {kind} are of no known set: say --dataset NAME")
+        kind = "with labels" if found.embeddings else "without labels"
+        raise ConfigError(f"images of {found.image_size} pixels {kind} are of no known set: say --dataset NAME")
     return name
 
 
@@ -189,6 +228,7 @@ def _unet(checkpoint: Checkpoint, options: PublishedOptions, named: bool) -> _Fo
     if name is None:
         raise ConfigError("a UNet's checkpoint does not say the size of its images: say --dataset NAME")
     size = options.image_size or _size_of(name)
+    _refuse_other_pictures(name, found.channels, size, told=options.image_size is not None)
     spec = _spec(name, size, found.channels, found.embeddings, null=False)
     values = {
         "backbone": "unet",
@@ -209,6 +249,8 @@ def _unet(checkpoint: Checkpoint, options: PublishedOptions, named: bool) -> _Fo
     return _Found(what, values, spec, found.params)
 
 
+WITH_WEIGHTS = ("ls", "ls-per-skip", "layernorm", "learned-scalar")
+"""Skip scalings with parameters."""
 SAMPLING_STEPS = 50
 TEXTS = "coco-latents"
 """The data of text-to-image networks."""
@@ -252,6 +294,25 @@ def _size_of(dataset: str) -> int:
 
 
 # --- its data ---------------------------------------------------------------------------------------------------------
+
+
+def _refuse_other_pictures(name: str, channels: int, image_size: int, *, told: bool) -> None:
+    """Raises: `ConfigError` for a named data set of other channels, or of another size unless that was `told`."""
+    from stabletrain.data.locate import named
+
+    if name == UNNAMED:
+        return
+    info = named(name)
+    if channels != info.channels:
+        raise ConfigError(
+            f"--dataset {name} cannot be: the checkpoint's images have {channels} channels, those of {name} have "
+            f"{info.channels}"
+        )
+    if image_size != info.image_size and not told:
+        raise ConfigError(
+            f"--dataset {name} cannot be: the checkpoint's images have {image_size} pixels, those of {name} have "
+            f"{info.image_size}; say --image-size {image_size} too if it was trained on them at that size"
+        )
 
 
 def _labels(spec: Mapping[str, Any], embeddings: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from stabletrain.diffusion.checkpoint_reader import Checkpoint, CheckpointReader
+from stabletrain.diffusion.checkpoint_reader import Checkpoint, CheckpointReader, refuse_no_pictures
 from stabletrain.errors import DataError
 
 WIDTH_OF_32_GROUPS = 128
@@ -309,6 +309,7 @@ def _found(
     final: Mapping[str, np.ndarray],
     embeddings: int,
 ) -> ImportedUNet:
+    refuse_no_pictures(names.reader.path, channels)
     outputs = final["kernel"].shape[-1]
     if outputs not in (channels, 2 * channels):
         raise DataError(

@@ -120,6 +120,15 @@ def test_the_layouts_of_training_states_are_read(tmp_path):
         open_checkpoint(tmp_path / "two.pth")
 
 
+def test_a_network_of_latents_without_texts_makes_no_pictures(tmp_path, capsys):
+    """The layout of U-ViT's ImageNet-256 and 512 networks: four channels and labels."""
+    latents = network_of(channels=4, patch_size=4, depth=2, num_classes=3)
+    np.savez(tmp_path / "latents.npz", **released_names(params_of(latents)))
+    code, said = sample(capsys, tmp_path / "latents.npz", tmp_path / "out", "--heads", "2")
+    assert (code, "is a network of 4 channels, and pictures have 1 or 3" in " ".join(said.split())) == (3, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_refused_file_is_one_line_with_its_exit_code(tmp_path, capsys):
     np.savez(tmp_path / "other.npz", weight=np.zeros(3))
     np.savez(tmp_path / "uvit.npz", **uvit_arrays())

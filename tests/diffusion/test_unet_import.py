@@ -192,6 +192,9 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
     refused(r"1 arrays that our UNet has no place for: more.weight", {**arrays, "more.weight": np.zeros(2)})
     refused(r"not divided by 3 heads", arrays, heads=3)
     refused(r"time is added", {**arrays, "input_blocks.1.0.emb_layers.1.bias": np.zeros(128, np.float32)})
+    # The layout of ADM's networks that enlarge: the noisy picture beside the small one.
+    stem = np.concatenate([arrays["input_blocks.0.0.weight"]] * 2, axis=1)
+    refused(r"is a network of 6 channels, and pictures have 1 or 3", {**arrays, "input_blocks.0.0.weight": stem})
     np.savez(tmp_path / "a.npz", **arrays)
     for options, message in (
         ([], "does not say the size of its images: say --dataset NAME"),

@@ -145,7 +145,7 @@ def test_a_text_to_image_checkpoint_is_a_run_that_is_sampled_from_texts(tmp_path
     assert "this model reads texts" in " ".join(capsys.readouterr().err.split())
     assert run([*command, "--context", str(texts), "--out", str(tmp_path / "samples")]) == 0
     assert np.load(tmp_path / "samples" / "samples.npz")["latents"].shape == (2, 8, 8, 4)
-    other = write(tmp_path / "uvit.npz", released_names(params_of(network_of(depth=2))))
+    other = write(tmp_path / "uvit.npz", released_names(params_of(network_of(channels=3, depth=2))))
     for dataset, weights in (("cifar10", file), ("coco-latents", other)):
         options = ["--dataset", dataset, "--heads", "2", "--out", str(tmp_path / "no")]
         assert run(["diffusion", "import", str(weights), *options]) == 2
@@ -153,12 +153,75 @@ def test_a_text_to_image_checkpoint_is_a_run_that_is_sampled_from_texts(tmp_path
 
 
 def test_what_a_checkpoint_cannot_be_is_refused_in_one_line(tmp_path, capsys):
-    file = write(tmp_path / "uvit.npz", released_names(params_of(network_of(depth=2))))
-    for options, message in (
-        (["--heads", "2"], "say --dataset NAME"),
-        ([], "say how many --heads"),
-        (["--heads", "2", "--skip-scaling", "ls"], "weights of its own"),
+    def saved(name: str, **values):
+        return str(write(tmp_path / f"{name}.npz", released_names(params_of(network_of(depth=2, **values)))))
+
+    small, coarse = saved("small", channels=3), saved("coarse", channels=3, image_size=32, patch_size=16)
+    grey = saved("grey", channels=1, image_size=32, patch_size=16)
+    latents = saved("latents", channels=4, num_classes=3)  # the layout of U-ViT's ImageNet-256 networks
+    heads = ["--heads", "2"]
+    for options, code, message in (
+        ([small, *heads], 2, "say --dataset NAME"),
+        ([small], 2, "say how many --heads"),
+        ([small, *heads, "--skip-scaling", "ls"], 2, "weights of its own"),
+        ([coarse, *heads, "--dataset", "nope"], 2, "unknown data set 'nope'"),
+        ([small, *heads, "--dataset", "unnamed"], 2, "unknown data set 'unnamed'"),
+        ([coarse, *heads, "--dataset", "celeba64"], 2, "images have 32 pixels, those of celeba64 have 64; say"),
+        ([small, *heads, "--dataset", "cifar10"], 2, "images have 8 pixels, those of cifar10 have 32; say"),
+        ([grey, *heads, "--dataset", "cifar10"], 2, "images have 1 channels, those of cifar10 have 3"),
+        ([grey, *heads], 2, "say --dataset NAME"),
+        ([latents, *heads], 3, "is a network of 4 channels, and pictures have 1 or 3"),
+        ([latents, *heads, "--dataset", "cifar10"], 3, "is a network of 4 channels"),
     ):
-        assert run(["diffusion", "import", str(file), "--out", str(tmp_path / "run"), *options]) == 2
-        assert message in capsys.readouterr().err
+        assert run(["diffusion", "import", *options, "--out", str(tmp_path / "run")]) == code, options
+        assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_size_that_is_told_and_a_scaling_without_weights_are_kept(tmp_path, capsys):
+    file = write(tmp_path / "uvit.npz", released_names(params_of(network_of(channels=3, depth=2))))
+    options = ["--heads", "2", "--dataset", "cifar10", "--image-size", "8", "--skip-scaling", "mp-cat"]
+    assert run(["diffusion", "import", str(file), "--out", str(tmp_path / "run"), *options]) == 0
+    text = (tmp_path / "run" / "config.toml").read_text()
+    assert 'skip_scaling = "mp-cat"' in text
+    assert "image_size = 8" in text
+
+
+def test_an_import_keeps_how_it_is_to_be_sampled(tmp_path, capsys):
+    from stabletrain.cli.stored import load_trained
+
+    network = network_of(image_size=32, channels=3, patch_size=16, depth=2)
+    file = write(tmp_path / "uvit.npz", released_names(params_of(network)))
+    command = ["diffusion", "import", str(file), "--heads", "2", "--out"]
+    options = ["--sampler", "dpm-solver-fast", "--sampling-steps", "20", "--no-clip-denoised"]
+    assert run([*command, str(tmp_path / "as-published"), *options]) == 0
+    settings = load_trained(tmp_path / "as-published", with_data=False).experiment.settings()
+    assert (settings.sampler, settings.steps, settings.clip) == ("dpm-solver-fast", 20, False)
+    assert run([*command, str(tmp_path / "plain")]) == 0
+    settings = load_trained(tmp_path / "plain", with_data=False).experiment.settings()
+    assert (settings.sampler, settings.steps, settings.clip) == ("ddim", 50, True)
+    for wrong, message in (
+        (["--sampler", "ddpm-learned"], "only one with --learned-variance says"),
+        (["--sampler", "dpm"], "did you mean"),
+        (["--sampling-steps", "0"], "at least 1"),
+    ):
+        capsys.readouterr()
+        assert run([*command, str(tmp_path / "no"), *wrong]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_existing_run_is_not_touched_by_an_import(tmp_path, capsys):
+    files = [
+        write(tmp_path / f"{name}.npz", released_names(params_of(network_of(channels=3, depth=2))))
+        for name in ("first", "second")
+    ]
+    out = tmp_path / "run"
+    command = ["--heads", "2", "--dataset", "cifar10", "--image-size", "8", "--out", str(out)]
+    assert run(["diffusion", "import", str(files[0]), *command]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert json.loads((out / "record.json").read_text())["imported_from"] == "first.npz"
+    capsys.readouterr()
+    assert run(["diffusion", "import", str(files[1]), *command]) == 1
+    assert "already holds a run, which an import does not change" in " ".join(capsys.readouterr().err.split())
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
