@@ -50,6 +50,10 @@ class CheckpointError(StableTrainError):
     """No complete checkpoint could be read, or it does not fit the model."""
 
 
+class NotFiniteError(StableTrainError):
+    """Samples that hold numbers which are not finite."""
+
+
 class VerificationError(StableTrainError):
     """A recomputed result differs from the recorded one."""
 

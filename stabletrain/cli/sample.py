@@ -19,7 +19,7 @@ from stabletrain.cli.progress import OpenReporter, make_reporter
 from stabletrain.cli.stored import RUN, Trained, Work, find_run, load_trained, open_run
 from stabletrain.cli.text import number, pairs, print_json
 from stabletrain.cli.train import shown_path
-from stabletrain.errors import EXIT_OK, ConfigError, RunDirectoryError, nearest
+from stabletrain.errors import EXIT_OK, ConfigError, RunDirectoryError, StableTrainError, nearest
 from stabletrain.training.config import checked_values
 from stabletrain.training.experiment import Evaluation, Family
 
@@ -184,10 +184,12 @@ def _sample(source: _Source, given: Mapping[str, Any], out: Path | None, *, quie
     if family.sample is None or family.sample_options is None:
         raise ConfigError(f"{source.named} is a run of {family.name}, which makes no samples")
     values = _sampling_values(family, given)
+    options = family.sample_options(**values)
     settings = {**source.settings, "options": values}
+    if family.sample_inputs is not None and (inputs := family.sample_inputs(source.experiment, options)):
+        settings["inputs"] = dict(inputs)
     folder = out or source.folder(_digest(settings))
     _refuse_other_content(folder, settings)
-    options = family.sample_options(**values)
 
     def work(reporter: OpenReporter) -> Mapping[str, bytes]:
         from stabletrain.training.signals import StopRequest
@@ -204,7 +206,7 @@ def _sample(source: _Source, given: Mapping[str, Any], out: Path | None, *, quie
         (folder / DESCRIPTION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         try:
             files = work(reporter)
-        except ConfigError:  # an option that this model cannot follow: the corrected command finds the folder free
+        except StableTrainError:  # such as an option that cannot be followed: the corrected command finds it free
             if empty:
                 shutil.rmtree(folder)
             raise

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabletrain.errors import NotFiniteError
+
 MARGIN = 2
 FONT_SIZE = 12
 TEXT_HEIGHT = 15
@@ -27,6 +29,16 @@ def to_uint8(images: Any) -> NDArray[np.uint8]:
     """float in [-1, 1] -> uint8: clipped, then rounded to the nearest level."""
     array = np.asarray(images, dtype=np.float32)
     return np.clip(np.rint((array + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def refuse_not_finite(samples: NDArray[np.floating], before: int = 0) -> None:
+    """Raises: `NotFiniteError` with the number of samples [N, ...] that are not finite, after `before` that are."""
+    bad = np.count_nonzero(~np.isfinite(samples).reshape(len(samples), -1).all(axis=1))
+    if bad:
+        raise NotFiniteError(
+            f"{bad} of the first {before + len(samples)} samples hold numbers that are not finite: the weights have "
+            "diverged (try another --checkpoint or --weights), or an option of sampling is too far out"
+        )
 
 
 def encode_png(array: NDArray[np.uint8]) -> bytes:

@@ -295,3 +295,17 @@ def read_contexts(path: Path) -> tuple[Texts, NDArray[np.float32]]:
     if not (np.isfinite(contexts).all() and np.isfinite(empty).all()):
         raise DataError(f"{path} holds numbers that are not finite in float32")
     return Texts(contexts, np.arange(len(contexts))), empty
+
+
+def contexts_digest(path: Path) -> str:
+    """SHA-256 of what `read_contexts` reads, without reading it all: of a folder the fingerprint of its features.
+
+    Raises: `DataError` for a path that is not there or cannot be read.
+    """
+    if path.is_dir():
+        return open_latents(path, "coco-latents").spec.fingerprint
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error

@@ -34,6 +34,15 @@ class SampleOptions:
     guidance: float | None = option(
         None, "Guidance strength: 1 is the labelled network alone, 0 the unlabelled one.", panel=PANEL, minimum=0.0
     )
+    clip_denoised: bool | None = option(
+        None, "Keep the estimated clean image in [-1, 1] at every step; without it as the run.", panel=PANEL
+    )
+    ddim_eta: float | None = option(
+        None, "ddim: share of fresh noise, 0 (deterministic) to 1 (ancestral).", panel=PANEL, minimum=0.0, maximum=1.0
+    )
+    churn: float | None = option(
+        None, "heun with edm: S_churn, fresh noise along the way; 0 is deterministic.", panel=PANEL, minimum=0.0
+    )
     weights: str | None = option(
         None, "Which weights: their moving average or the last ones.", panel=PANEL, choices=("ema", "raw")
     )
@@ -68,7 +77,7 @@ def sample(
 ) -> dict[str, bytes]:
     """Images of a trained model by relative path: a grid, one PNG each, and all of them as `samples.npz`.
 
-    Raises: `ConfigError` for an option that this model cannot follow.
+    Raises: `ConfigError` for an option that this model cannot follow, `NotFiniteError`.
     """
     from stabletrain.diffusion.latent_experiment import LatentExperiment, sampled_latents
     from stabletrain.diffusion.sampling import sample_files
@@ -76,6 +85,13 @@ def sample(
     if isinstance(experiment, LatentExperiment):
         return sampled_latents(experiment, state, options, context)
     return sample_files(experiment, state, options, context)
+
+
+def sample_inputs(experiment: DiffusionExperiment, options: SampleOptions) -> dict[str, str]:
+    """The digest of the texts that a text-to-image model is given. Raises: as `sample`."""
+    from stabletrain.diffusion.latent_experiment import LatentExperiment, texts_digest
+
+    return {"context": texts_digest(experiment, options)} if isinstance(experiment, LatentExperiment) else {}
 
 
 def open_weights(file: Path, options: PublishedOptions, *, devices: int) -> OpenedWeights:
@@ -102,6 +118,7 @@ FAMILY = Family(
         "scalelong": Shorthand("ScaleLong: scale the skips by kappa^i (--skip-scaling cs).", {"skip_scaling": "cs"})
     },
     sample=sample,
+    sample_inputs=sample_inputs,
     sample_options=SampleOptions,
     open_weights=open_weights,
     weights_options=PublishedOptions,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stabletrain.data.catalogue import CATALOGUE
-from stabletrain.data.latents import LatentSet, LatentSplit, open_latents, read_contexts
+from stabletrain.data.latents import LatentSet, LatentSplit, contexts_digest, open_latents, read_contexts
 from stabletrain.data.locate import official_folder
 from stabletrain.data.order import batch_indices
 from stabletrain.data.spec import DataSpec
@@ -160,22 +160,36 @@ class LatentExperiment(DiffusionExperiment):
         return Evaluation(scalars=scalars, files={f"samples/{step:08d}.png": grid_png(false_colours(latents))})
 
 
+def texts_digest(experiment: LatentExperiment, options: SampleOptions) -> str:
+    """Identifies the texts to sample from by their content. Raises: `ConfigError`, `DataError`."""
+    return contexts_digest(_texts_place(experiment, options))
+
+
+def _texts_place(experiment: LatentExperiment, options: SampleOptions) -> Path:
+    """Raises: `ConfigError` where no texts are named and those of the data are gone."""
+    if options.context is not None:
+        return Path(options.context).expanduser()
+    place = latent_folder(experiment.config)
+    if not place.is_dir():
+        raise ConfigError(
+            f"this model reads texts, and its data are no longer in {place}: --context FILE.npz (contexts [N, L, D], "
+            "empty [L, D]) or a folder of prepared latents"
+        )
+    return place
+
+
 def sampled_latents(
     experiment: LatentExperiment, state: DiffusionState, options: SampleOptions, context: EvaluationContext
 ) -> dict[str, bytes]:
     """What `stabletrain sample` writes: `samples.npz` with `latents` [N, H, W, C], for the autoencoder's decoder.
 
     The latents are unscaled, one for each text in turn; `grid.png` shows them in false colours.
-    Raises: `ConfigError` for options that this model cannot follow, `DataError` for texts that are not of its shape.
+    Raises: `ConfigError` for options that this model cannot follow, `DataError` for texts that are not of its shape,
+    `NotFiniteError`.
     """
     if options.label is not None:
         raise ConfigError("--label does nothing: this model reads texts (--context)")
-    place = Path(options.context).expanduser() if options.context else latent_folder(experiment.config)
-    if options.context is None and not place.is_dir():
-        raise ConfigError(
-            f"this model reads texts, and its data are no longer in {place}: --context FILE.npz (contexts [N, L, D], "
-            "empty [L, D]) or a folder of prepared latents"
-        )
+    place = _texts_place(experiment, options)
     texts, empty = read_contexts(place)
     if texts.shape[1:] != experiment.data_spec.context_shape:
         raise DataError(
@@ -185,7 +199,7 @@ def sampled_latents(
     params = chosen_weights(experiment, state, options)
     chunk = min(options.num, experiment.config.sampling_batch)
     generator = experiment.text_generator(sample_settings(experiment, options), empty, chunk)
-    latents = generator.generate(params, texts.repeated(options.num), seed=options.seed, context=context)
+    latents = generator.generate(params, texts.repeated(options.num), seed=options.seed, context=context, finite=True)
     stream = io.BytesIO()
     np.savez_compressed(stream, latents=latents)
     return {"grid.png": grid_png(false_colours(latents)), "samples.npz": stream.getvalue()}

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stabletrain.data.images import encode_png, image_grid, to_uint8
+from stabletrain.data.images import encode_png, image_grid, refuse_not_finite, to_uint8
 from stabletrain.diffusion.contradictions import sampler_problem
 from stabletrain.diffusion.guidance import guided
 from stabletrain.diffusion.processes import Array, Process
@@ -106,9 +106,19 @@ class Generator:
         self._keys = jax.jit(lambda seed, n: jax.vmap(lambda i: jax.random.fold_in(random_key(seed), i))(n))
 
     def chunks(
-        self, params: Params, labels: np.ndarray | Texts, *, seed: int, context: EvaluationContext, what: str
+        self,
+        params: Params,
+        labels: np.ndarray | Texts,
+        *,
+        seed: int,
+        context: EvaluationContext,
+        what: str,
+        finite: bool = False,
     ) -> Iterator[np.ndarray]:
-        """Images of the asked labels [N] or texts [N, L, D], a chunk at a time, in order."""
+        """Images of the asked labels [N] or texts [N, L, D], a chunk at a time, in order.
+
+        Raises: `NotFiniteError` where `finite` is asked for and a sample is not; no such chunk is kept.
+        """
         total = len(labels)
         for start in range(0, total, self.chunk):
             context.tick(what, start, total)
@@ -120,7 +130,10 @@ class Generator:
             # Always whole chunks: another size would be another program to compile.
             numbers = np.arange(start, start + self.chunk, dtype=np.uint32)
             asked = np.resize(labels[start : start + count], (self.chunk, *labels.shape[1:]))
-            images = self._finish(self._trajectory(params, self._keys(np.uint32(seed), numbers), asked))[:count]
+            made = self._trajectory(params, self._keys(np.uint32(seed), numbers), asked)
+            if finite:
+                refuse_not_finite(np.asarray(made, np.float32)[:count], before=start)
+            images = self._finish(made)[:count]
             _save(kept, images)
             yield images
         context.tick(what, total, total)
@@ -133,9 +146,10 @@ class Generator:
         seed: int,
         context: EvaluationContext,
         what: str = "sampling",
+        finite: bool = False,
     ) -> np.ndarray:
-        """Images [N, H, W, C] of the asked labels [N] or texts [N, L, D]."""
-        return np.concatenate(list(self.chunks(params, labels, seed=seed, context=context, what=what)))
+        """Images [N, H, W, C] of the asked labels [N] or texts [N, L, D]. Raises: as `chunks`."""
+        return np.concatenate(list(self.chunks(params, labels, seed=seed, context=context, what=what, finite=finite)))
 
 
 def _save(path: Path, images: np.ndarray) -> None:
@@ -174,7 +188,7 @@ def sample_files(
 ) -> dict[str, bytes]:
     """What `stabletrain sample` writes: `grid.png`, one PNG per image, and `samples.npz` (images, labels).
 
-    Raises: `ConfigError` for weights, a label, a guidance or multipliers that this model does not have.
+    Raises: `ConfigError` for weights, a label or an option that this model cannot follow, `NotFiniteError`.
     """
     if options.context is not None:
         raise ConfigError("--context does nothing: this model reads no texts")
@@ -182,7 +196,7 @@ def sample_files(
     names = experiment.data_spec.class_names if experiment.num_classes else ()
     labels = _labels_of(options, names)
     images = experiment.generator(settings, at_most=options.num).generate(
-        params, labels, seed=options.seed, context=context
+        params, labels, seed=options.seed, context=context, finite=True
     )
 
     digits = len(str(options.num - 1))
@@ -226,8 +240,24 @@ def sample_settings(experiment: DiffusionExperiment, options: SampleOptions) -> 
         if options.guidance != 1.0 and not config.label_dropout:
             raise ConfigError("--guidance other than 1 needs a model trained with --label-dropout; this one was not")
         changes["guidance"] = options.guidance
+    if options.ddim_eta is not None:
+        if sampler != "ddim":
+            raise ConfigError(f"--ddim-eta does nothing with --sampler {sampler}")
+        changes["eta"] = options.ddim_eta
+    if options.churn is not None:
+        if (sampler, config.process) != ("heun", "edm"):
+            raise ConfigError(
+                f"--churn does nothing with --sampler {sampler} on {config.process}: it belongs to heun on edm"
+            )
+        changes["churn"] = options.churn
+    if options.clip_denoised is not None:
+        if options.clip_denoised and experiment.data_spec.context_shape:
+            raise ConfigError("--clip-denoised makes no sense for latents, which do not lie in [-1, 1]")
+        changes["clip"] = options.clip_denoised
     if options.skip_multipliers:
         count, given = experiment.network.num_skips, options.skip_multipliers
+        if not all(abs(number) <= float(np.finfo(np.float32).max) for number in given):
+            raise ConfigError(f"--skip-multipliers takes numbers of float32, not {','.join(map(str, given))}")
         if len(given) not in (1, count):
             raise ConfigError(f"--skip-multipliers takes 1 or {count} numbers (one per skip), not {len(given)}")
         changes["skip_multipliers"] = given * count if len(given) == 1 else given

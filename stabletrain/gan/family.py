@@ -53,9 +53,11 @@ def sample(
 ) -> Mapping[str, bytes]:
     """Samples of a trained GAN by relative path, as its domain writes them.
 
-    Raises: `ConfigError` for an option that this model cannot follow.
+    Raises: `ConfigError` for an option that this model cannot follow, `NotFiniteError`.
     """
     import numpy as np
+
+    from stabletrain.data.images import refuse_not_finite
 
     model = experiment.model(state, options.weights, options.batch_norm)
     names = experiment.domain.class_names if model.num_classes else ()
@@ -67,6 +69,7 @@ def sample(
     samples = model.samples(
         labels, options.num, seed=options.seed, context=context, what="sampling", truncation=options.truncation
     )
+    refuse_not_finite(samples)
     return experiment.domain.sample_files(samples, labels, context)
 
 

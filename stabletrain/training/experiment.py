@@ -125,6 +125,9 @@ class Family:
     shorthands: Mapping[str, Shorthand] = field(default_factory=dict)
     sample: Callable[..., Mapping[str, bytes]] | None = None
     """`sample(experiment, state, options, context)` -> files by relative path; `options` is a `sample_options`."""
+    sample_inputs: Callable[..., Mapping[str, str]] | None = None
+    """`sample_inputs(experiment, options)` -> digests by name of what else samples depend on: files that options name.
+    Raises as `sample` does."""
     sample_options: type | None = None
     """A frozen dataclass of `option(...)` fields: what `stabletrain sample` takes besides the run directory."""
     open_weights: Callable[..., OpenedWeights] | None = None

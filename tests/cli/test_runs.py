@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stabletrain.cli import stored
+from stabletrain.cli import families, stored
 from stabletrain.cli.runs import SILENT_SECONDS, TAIL_BYTES, state_of, summarize
 from stabletrain.cli.stored import find_run
-from stabletrain.errors import RunDirectoryError
+from stabletrain.errors import NotFiniteError, RunDirectoryError
 from tests.cli.conftest import Command
+from tests.cli.toy import FAMILY
 from tests.training.toy import StopAfter
 
 
@@ -195,6 +197,40 @@ def test_a_refused_option_leaves_the_folder_free(command: Command, toy_run: Path
     assert command("sample", "first", "--label", 99, "--out", folder).code == 2
     assert not folder.exists()
     assert command("sample", "first", "--label", 1, "--out", folder, "-q").code == 0
+
+
+def test_samples_that_are_not_finite_leave_no_folder(
+    command: Command, toy_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(experiment: Any, state: Any, options: Any, context: Any) -> dict[str, bytes]:
+        np.save(context.scratch / "0.npy", np.zeros(2))
+        raise NotFiniteError("1 of the first 2 samples")
+
+    monkeypatch.setitem(families.FAMILIES, "toy", lambda: dataclasses.replace(FAMILY, sample=sample))
+    said = command("sample", "first", "--out", "made", "-q")
+    assert said.code == 1
+    assert "1 of the first 2 samples" in said.error
+    assert not Path("made").exists()
+
+
+def test_samples_of_changed_files_are_not_mixed_with_those_of_the_old(
+    command: Command, toy_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stabletrain.training import signals
+
+    texts = {"context": "0123"}
+    family = dataclasses.replace(FAMILY, sample_inputs=lambda experiment, options: texts)
+    monkeypatch.setitem(families.FAMILIES, "toy", lambda: family)
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "StopRequest", lambda: StopAfter(3, 75))
+        assert command("sample", "first", "--num", 4, "-o", "made", "-q").code == 75
+    first = command("sample", "first", "--json", "-q").document["out"]
+    texts["context"] = "4567"
+    assert "other settings" in command("sample", "first", "--num", 4, "-o", "made").error
+    assert command("sample", "first", "--json", "-q").document["out"] != first
+    texts["context"] = "0123"
+    assert command("sample", "first", "--num", 4, "-o", "made", "-q").code == 0
+    assert json.loads(Path("made/samples.json").read_text())["inputs"] == {"context": "0123"}
 
 
 def test_a_checkpoint_can_be_named_and_a_wrong_one_lists_those_there_are(command: Command, toy_run: Path) -> None:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stabletrain.data.images import MARGIN, TEXT_HEIGHT, encode_png, image_grid, to_float, to_uint8
+from stabletrain.data.images import (
+    MARGIN,
+    TEXT_HEIGHT,
+    encode_png,
+    image_grid,
+    refuse_not_finite,
+    to_float,
+    to_uint8,
+)
+from stabletrain.errors import NotFiniteError
 from tests.data.written import pixels
 
 
@@ -81,3 +90,11 @@ def test_a_grid_with_another_number_of_labels_is_refused() -> None:
         image_grid(pixels(4), 2, ["a", "b", "c"])
     with pytest.raises(ValueError, match="no grid of 4 images in 0 columns"):
         image_grid(pixels(4), 0)
+
+
+def test_samples_that_are_not_finite_are_counted():
+    samples = np.zeros((5, 2, 2, 1), np.float32)
+    refuse_not_finite(samples)
+    samples[1, 0, 0], samples[1, 1, 1], samples[4, 1, 0] = np.nan, np.inf, -np.inf
+    with pytest.raises(NotFiniteError, match="2 of the first 8 samples hold numbers that are not finite"):
+        refuse_not_finite(samples, before=3)

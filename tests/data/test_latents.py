@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stabletrain.cli.main import run
-from stabletrain.data.latents import open_latents, prepare_latents, read_contexts
+from stabletrain.data.latents import contexts_digest, open_latents, prepare_latents, read_contexts
 from stabletrain.errors import DataError
 from tests.data.features import write_features
 
@@ -146,6 +146,18 @@ def test_texts_to_sample_from_are_held_out_captions_or_an_archive(features, tmp_
         read_contexts(tmp_path / "wrong.npz")
     with pytest.raises(DataError, match="data prepare coco-latents --features DIR --out"):
         read_contexts(features)
+
+
+def test_texts_are_identified_by_their_content(features, tmp_path):
+    facts = prepare_latents(features, tmp_path / "out")
+    assert contexts_digest(tmp_path / "out") == facts["fingerprint"]
+    found = []
+    for value in (0.0, 1.0, 0.0):
+        np.savez(tmp_path / "own.npz", contexts=np.full((2, 5, 6), value, "f4"), empty=np.zeros((5, 6), "f4"))
+        found.append(contexts_digest(tmp_path / "own.npz"))
+    assert found[0] == found[2] != found[1]
+    with pytest.raises(DataError, match=r"cannot read .*gone\.npz"):
+        contexts_digest(tmp_path / "gone.npz")
 
 
 def test_files_that_are_no_texts_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import jax
@@ -18,8 +19,8 @@ from stabletrain.diffusion import sampling
 from stabletrain.diffusion.config import DiffusionConfig, resolve
 from stabletrain.diffusion.experiment import DiffusionExperiment, learning_rate_at, optimizer_for
 from stabletrain.diffusion.family import FAMILY, SampleOptions
-from stabletrain.diffusion.sampling import grid_labels, shown_classes
-from stabletrain.errors import ConfigError, DataError
+from stabletrain.diffusion.sampling import grid_labels, sample_settings, shown_classes
+from stabletrain.errors import ConfigError, DataError, NotFiniteError
 from stabletrain.metrics import scoring
 from stabletrain.training.config import make_config
 from stabletrain.training.devices import compile_step, make_mesh, replicated
@@ -410,6 +411,8 @@ def test_labels_seeds_weights_guidance_and_skips_change_the_samples(sampled, tmp
             {"label": "4", "skip_multipliers": (1.0, 0.5)},
             {"label": "4", "sampler": "euler-maruyama"},
             {"label": "4", "sampling_steps": 2},
+            {"label": "4", "ddim_eta": 1.0},
+            {"label": "4", "clip_denoised": False},
         )
     ):
         assert np.any(draw(sampled, tmp_path / f"{i + 1}", num=4, **options)[1] != base), options
@@ -424,11 +427,49 @@ def test_labels_seeds_weights_guidance_and_skips_change_the_samples(sampled, tmp
         ({"label": "eleven"}, "unknown label 'eleven'"),
         ({"label": "10"}, "unknown label '10'"),
         ({"skip_multipliers": (1.0, 1.0, 1.0)}, "1 or 2 numbers"),
+        ({"skip_multipliers": (1.0, float("nan"))}, "takes numbers of float32, not 1.0,nan"),
+        ({"skip_multipliers": (1e39,)}, r"takes numbers of float32, not 1e\+39"),
+        ({"sampler": "ddpm-large", "ddim_eta": 0.5}, "--ddim-eta does nothing with --sampler ddpm-large"),
+        ({"sampler": "heun", "churn": 0.0}, "--churn does nothing with --sampler heun on vp-sde"),
     ],
 )
 def test_samples_that_cannot_be_made_are_refused(sampled, tmp_path, options, reason):
     with pytest.raises(ConfigError, match=reason):
         draw(sampled, tmp_path, num=1, **options)
+
+
+def test_the_run_s_sampling_options_hold_unless_others_are_given():
+    experiment = tiny(process="edm", sampler="heun", churn=20.0, clip_denoised=False)
+    own = experiment.settings()
+    assert (own.churn, own.clip, own.eta) == (20.0, False, 0.0)
+    assert sample_settings(experiment, SampleOptions()) == own
+    for options, changes in (
+        ({"churn": 0.0}, {"churn": 0.0}),
+        ({"churn": 40.0}, {"churn": 40.0}),
+        ({"clip_denoised": True}, {"clip": True}),
+        ({"sampler": "ddim", "ddim_eta": 0.5}, {"sampler": "ddim", "churn": 0.0, "eta": 0.5}),
+    ):
+        assert sample_settings(experiment, SampleOptions(**options)) == dataclasses.replace(own, **changes)
+    with pytest.raises(ConfigError, match="--churn does nothing with --sampler ddim on edm"):
+        sample_settings(experiment, SampleOptions(sampler="ddim", churn=20.0))
+
+
+def test_samples_that_are_not_finite_are_counted_and_refused(sampled, tmp_path):
+    experiment, state = sampled
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.params)
+    with pytest.raises(NotFiniteError, match="12 of the first 12 samples"):
+        draw((experiment, state.replace(params=broken)), tmp_path, num=12, weights="raw")
+    (path,) = [
+        path
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+        if leaf.shape[0] == 11  # and "none"
+    ]
+    partly = jax.tree_util.tree_map_with_path(
+        lambda place, leaf: leaf.at[4].set(jnp.nan) if place == path else leaf, state.params
+    )
+    with pytest.raises(NotFiniteError, match="1 of the first 12 samples"):
+        draw((experiment, state.replace(params=partly)), tmp_path, num=12, weights="raw")
+    assert not list(tmp_path.rglob("*.npy")), "what is refused is not kept"
 
 
 def test_an_unconditional_model_refuses_labels_and_guidance(tmp_path):

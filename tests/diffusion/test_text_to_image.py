@@ -134,10 +134,17 @@ def test_train_resume_to_the_bit_and_sample(latents, tmp_path, capsys):
     own = tmp_path / "own.npz"
     np.savez(own, contexts=np.ones((2, 5, 6), "f4"), empty=np.zeros((5, 6), "f4"))
     assert run(["sample", str(whole), "--num", "4", "--context", str(own), "--out", str(tmp_path / "own")]) == 0
+    np.savez(own, contexts=np.zeros((2, 5, 6), "f4"), empty=np.zeros((5, 6), "f4"))
+    capsys.readouterr()
+    assert run(["sample", str(whole), "--num", "4", "--context", str(own), "--out", str(tmp_path / "own")]) == 1
+    assert "other settings" in " ".join(capsys.readouterr().err.split())
+    assert run(["sample", str(whole), "--clip-denoised", "--out", str(tmp_path / "none")]) == 2
+    assert "do not lie in [-1, 1]" in " ".join(capsys.readouterr().err.split())
     np.savez(own, contexts=np.ones((2, 4, 6), "f4"), empty=np.zeros((4, 6), "f4"))
     capsys.readouterr()
     assert run(["sample", str(whole), "--context", str(own), "--out", str(tmp_path / "no")]) == 3
     assert "trained on (5, 6)" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "no").exists()
     assert run(["sample", str(whole), "--label", "3", "--out", str(tmp_path / "none")]) == 2
 
 

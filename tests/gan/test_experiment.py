@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stabletrain.errors import ConfigError
+from stabletrain.errors import ConfigError, NotFiniteError
 from stabletrain.gan import experiment as experiment_module
 from stabletrain.gan.family import FAMILY, SampleOptions, sample
 from stabletrain.gan.images import TRUNCATIONS, great_circle
@@ -396,6 +396,9 @@ def test_sampling_follows_label_weights_and_seed(tmp_path):
     assert other["grid.png"] != files["grid.png"]
     last = sample(without_data, state, SampleOptions(num=12, label="7", seed=2**32 - 1), Context(tmp_path / "d"))
     assert last["grid.png"] != files["grid.png"]
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state)
+    with pytest.raises(NotFiniteError, match="12 of the first 12 samples"):
+        sample(without_data, broken, SampleOptions(num=12, label="7"), Context(tmp_path / "e"))
     with pytest.raises(ConfigError, match="unknown label 'x'"):
         sample(without_data, state, SampleOptions(num=1, label="x"), Context(tmp_path))
     bare = tiny(ema_decay=0.0)
