@@ -363,8 +363,10 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
         chosen["resample_filter"] = (1, 1)
     if config.skip_scaling != "cs":
         chosen.pop("kappa_indexing", None)
-    if not (info and info.num_classes):  # no classifier of these data can judge samples
-        chosen["eval_samples"] = 1000 if config.inception or config.extractor == "inception" else 0
+    if chosen["extractor"] == "inception":
+        chosen["eval_samples"] = 1000
+    elif not (info and info.num_classes):  # no classifier of these data can judge samples
+        chosen["eval_samples"] = 0
     if config.steps:
         chosen["warmup_steps"] = min(chosen["warmup_steps"], config.steps // 10)
     if config.ema_decay == 0:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabletrain.data.catalogue import CATALOGUE
 from stabletrain.diffusion.choices import PROCESS_NAMES, RESAMPLING_STYLES, SAMPLER_PROCESSES
-from stabletrain.metrics.score_config import score_problems
+from stabletrain.metrics.score_config import judging_asked, score_problems
 
 if TYPE_CHECKING:
     from stabletrain.diffusion.config import DiffusionConfig
@@ -149,6 +149,8 @@ def _text_problems(config: DiffusionConfig) -> Iterator[str]:
         yield f"--horizontal-flip makes no sense for {name}: the latent of a mirrored picture is no mirrored latent"
     if config.eval_samples:
         yield f"--eval-samples {config.eval_samples} makes no sense for {name}: latents are no pictures to be judged"
+    if asked := judging_asked(config):
+        yield f"{asked} makes no sense for {name}: latents are no pictures to be judged"
     if config.clip_denoised:
         yield f"--clip-denoised makes no sense for {name}: latents do not lie in [-1, 1]"
     if config.guidance not in (None, 1.0) and config.label_dropout == 0:

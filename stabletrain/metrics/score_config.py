@@ -16,7 +16,11 @@ class ScoreConfig(TrainConfig):
     """How many images an evaluation generates, and what they are judged by."""
 
     eval_samples: int | None = option(
-        None, "Generated images that an evaluation judges; 0: none.", panel=PANEL, minimum=0
+        None,
+        "Generated images that an evaluation judges; 0: none. Chosen by data set: 0 where no labels are known to train a "
+        "classifier on, unless the Inception is asked for.",
+        panel=PANEL,
+        minimum=0,
     )
     scores: tuple[str, ...] = option(
         ("fd",),
@@ -85,6 +89,23 @@ def score_problems(config: ScoreConfig) -> Iterator[str]:
         yield f"--eval-samples {config.eval_samples} is too few for a score: at least {FEWEST}, or 0 for none"
     if len(set(config.scores)) < len(config.scores):
         yield f"--scores names one twice: {', '.join(config.scores)}"
+    if config.eval_samples == 0 and (asked := judging_asked(config)):
+        yield (
+            f"{asked} does nothing where no samples are judged (--eval-samples 0, given or chosen): add --eval-samples "
+            "N, and --extractor inception where the data have no labels"
+        )
+
+
+def judging_asked(config: ScoreConfig) -> str | None:
+    """An option that only judged samples have a use for, as the user writes it; None where none is given.
+
+    Of the split and of `--extractor classifier` a resolved configuration does not say whether they were given.
+    """
+    if config.scores not in ((), fields_of(ScoreConfig)["scores"].default):
+        return f"--scores {','.join(config.scores)}"
+    if config.inception:
+        return f"--inception {config.inception}"
+    return "--extractor inception" if config.extractor == "inception" else None
 
 
 FEWEST = 10

@@ -136,6 +136,35 @@ def test_judging_follows_the_data():
 
 
 @pytest.mark.parametrize(
+    ("values", "asked"),
+    [
+        ({"eval_samples": 0, "inception": "w.pth"}, "--inception w.pth"),
+        ({"eval_samples": 0, "scores": ("fd", "pr")}, "--scores fd,pr"),
+        ({"eval_samples": 0, "extractor": "inception"}, "--extractor inception"),
+        ({"dataset": "celeba64", "scores": ("pr",)}, "--scores pr"),
+        ({"data": "mine.npz", "scores": ("pr",)}, "--scores pr"),
+        ({"backbone": "mlp", "scores": ("pr",)}, "--scores pr"),
+    ],
+)
+def test_how_to_judge_is_refused_where_no_samples_are_judged(values, asked):
+    with pytest.raises(ConfigError, match=f"{asked} does nothing where no samples are judged.*add --eval-samples N"):
+        resolve(configured(**values))
+
+
+def test_the_inception_is_asked_for_to_judge_samples():
+    for values in ({"backbone": "mlp"}, {"dataset": "celeba64"}, {"data": "mine.npz"}):
+        assert resolve(configured(**values)).eval_samples == 0
+        assert resolve(configured(**values, extractor="inception", scores=("pr",))).eval_samples == 1000
+    assert resolve(configured(backbone="mlp", scores=("pr",), eval_samples=50)).eval_samples == 50
+
+
+@pytest.mark.parametrize("values", [{"scores": ("kd",)}, {"extractor": "inception"}, {"inception": "w.pth"}])
+def test_latents_are_not_judged(values):
+    with pytest.raises(ConfigError, match="makes no sense for coco-latents: latents are no pictures"):
+        resolve(configured(dataset="coco-latents", backbone="uvit", process="ddpm-scaled-linear", **values))
+
+
+@pytest.mark.parametrize(
     ("values", "reason"),
     [
         ({"skip_scaling": "cs", "kappa": 1.5}, "at most 1"),

@@ -21,6 +21,8 @@ from stabletrain.metrics.kid import kernel_distance
 from stabletrain.metrics.precision_recall import density_coverage, precision_recall
 from stabletrain.metrics.protocol import SCORES
 from stabletrain.metrics.reference import save_reference
+from stabletrain.metrics.score_config import ScoreConfig
+from stabletrain.training.config import make_config
 from tests.metrics.conftest import Context, make_dataset, stripes
 
 COUNT = 90
@@ -266,3 +268,14 @@ def test_digits_rank_real_images_before_noise(digits_dataset, context):
     assert found["real"][precision] > 0.5 > found["noise"][precision]
     assert 8 < found["real"][score] <= 10, "ten classes in nearly equal number, nearly all recognised"
     assert found["noise"][score] < 6
+
+
+def test_how_to_judge_does_nothing_without_samples():
+    """Options as given, and as `evaluate` changes those of a run that judges none."""
+    for values in ({"scores": ("fd", "kd")}, {"inception": "w.pth"}, {"extractor": "inception"}):
+        for count in (None, 100):
+            make_config(ScoreConfig, {"eval_samples": count, **values})
+        with pytest.raises(ConfigError, match="does nothing where no samples are judged"):
+            make_config(ScoreConfig, {"eval_samples": 0, **values})
+    chosen = {"eval_samples": 0, "extractor": "classifier", "score_split": "test"}
+    assert make_config(ScoreConfig, chosen).scores == ("fd",), "what `resolve` fills in is not refused"
