@@ -154,7 +154,7 @@ def _opened(family: Family, weights: str | None, told: Mapping[str, Any], checkp
     assert family.open_weights is not None
     assert family.weights_options is not None
     file = Path(weights).expanduser()
-    options = family.weights_options(**checked_values(family.weights_options, told))
+    options = family.weights_options(**checked_values(family.weights_options, told, named=flag))
     opened = family.open_weights(file, options, devices=devices)
     with file.open("rb") as stream:
         settings = {"weights": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "told": told}
@@ -221,7 +221,7 @@ def _sample(source: _Source, given: Mapping[str, Any], out: Path | None, *, quie
 def _sampling_values(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
     assert family.sample_options is not None
     typed = typed_values(fields_with_types(family.sample_options), given, what=f"option of sampling from {family.name}")
-    return checked_values(family.sample_options, typed)
+    return checked_values(family.sample_options, typed, named=flag)
 
 
 def _refuse_other_content(folder: Path, settings: Mapping[str, Any]) -> None:

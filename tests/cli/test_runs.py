@@ -189,7 +189,7 @@ def test_sampling_options_are_those_of_the_run_s_family(command: Command, toy_ru
     assert "--guidance is no option of sampling from toy" in said.error
     said = command("sample", "first", "--num", 0)
     assert said.code == 2
-    assert "at least 1" in said.error
+    assert "--num is 0, but must be at least 1" in said.error
 
 
 def test_a_refused_option_leaves_the_folder_free(command: Command, toy_run: Path, tmp_path: Path) -> None:
