@@ -279,9 +279,15 @@ def resolve(
 
 
 def _shorthand_values(family: Family, names: Iterable[str], explicit: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Raises: `ConfigError` for shorthands that contradict each other, and for one of which nothing is left."""
     chosen: dict[str, tuple[Any, str]] = {}
     for name in names:
-        for key, value in checked_values(family.config, family.shorthands[name].values).items():
+        values = checked_values(family.config, family.shorthands[name].values)
+        if all(key in explicit and explicit[key] != value for key, value in values.items()):
+            others = " and ".join(f"{flag(key)} {explicit[key]}" for key in values)
+            meant = " ".join(f"{flag(key)} {value}" for key, value in values.items())
+            raise ConfigError(f"{flag(name)} stands for {meant} and does nothing with {others}: leave one of them out")
+        for key, value in values.items():
             if key in chosen and chosen[key][0] != value and key not in explicit:
                 raise ConfigError(f"{chosen[key][1]} and {flag(name)} both set {flag(key)}: give one of them")
             chosen[key] = value, flag(name)

@@ -17,7 +17,7 @@ class ScoreConfig(TrainConfig):
 
     eval_samples: int | None = option(
         None,
-        "Generated images that an evaluation judges; 0: none. Chosen by data set: 0 where no labels are known to train a "
+        "Generated images that an evaluation judges; 0: none, which is chosen where no labels are known to train a "
         "classifier on, unless the Inception is asked for.",
         panel=PANEL,
         minimum=0,

@@ -156,7 +156,16 @@ def test_a_value_that_the_family_chose_is_marked_so() -> None:
 def test_shorthands_that_contradict_each_other_need_the_option_itself() -> None:
     with pytest.raises(ConfigError, match="--grass and --sky both set --colour"):
         resolve(FAMILY, {}, shorthands=["grass", "sky"])
-    assert resolve(FAMILY, {"colour": "red"}, shorthands=["grass", "sky"]).config.colour == "red"  # type: ignore[attr-defined]
+
+
+def test_a_shorthand_of_which_nothing_is_left_is_refused() -> None:
+    """Explicit options win over a shorthand, but not over all of it without a word."""
+    with pytest.raises(ConfigError, match="--sky stands for --colour blue and does nothing with --colour red: leave"):
+        resolve(FAMILY, {"colour": "red"}, shorthands=["sky"])
+    with pytest.raises(ConfigError, match="--grass stands for --colour green --width 16 and does nothing with"):
+        resolve(FAMILY, {"colour": "red", "width": "4"}, shorthands=["grass"])
+    assert resolve(FAMILY, {"colour": "red"}, shorthands=["grass"]).config.width == 16  # type: ignore[attr-defined]
+    assert resolve(FAMILY, {"colour": "blue"}, shorthands=["sky"]).config.colour == "blue"  # type: ignore[attr-defined]
 
 
 def test_a_combination_that_makes_no_sense_is_refused_wherever_its_parts_come_from(preset: Path) -> None:

@@ -229,6 +229,8 @@ def test_problems_that_show_only_after_resolving_are_refused_too():
 def test_scalelong_is_a_shorthand_for_constant_scaling():
     assert FAMILY.shorthands["scalelong"].values == {"skip_scaling": "cs"}
     assert resolve(configured(skip_scaling="cs")).kappa == 0.7
+    with pytest.raises(ConfigError, match="--scalelong stands for --skip-scaling cs and does nothing with"):
+        resolve_preset(FAMILY, {"skip_scaling": "none"}, shorthands=["scalelong"])
 
 
 def test_runs_are_named_after_the_scaling():
