@@ -13,6 +13,7 @@ from typing import Any
 from stabletrain.errors import ConfigError
 from stabletrain.nnip.stable_options import StableOptions, stable_problems, unused_stable_options
 from stabletrain.training.config import (
+    LARGEST_SEED,
     TrainConfig,
     identity,
     make_config,
@@ -66,7 +67,9 @@ class NnipConfig(StableOptions, TrainConfig):
         minimum=0,
     )
     test_frames: int = option(0, "Held-out frames that nothing is chosen by; 0 chooses.", panel=DATA, minimum=0)
-    split_seed: int | None = option(None, "Seed of the split. [default: that of the base, else --seed]", panel=DATA)
+    split_seed: int | None = option(
+        None, "Seed of the split. [default: that of the base, else --seed]", panel=DATA, minimum=0, maximum=LARGEST_SEED
+    )
 
     model: str = option(
         "schnet", "Network. painn and nequip are equivariant, gemnet-t sees angles.", panel=NETWORK, choices=MODELS

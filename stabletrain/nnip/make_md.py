@@ -21,6 +21,8 @@ SYSTEMS = ("water-flexible",)
 XTB_METHODS = ("GFN2-xTB", "GFN1-xTB", "IPEA1-xTB")
 PANEL = "Dynamics"
 DEFAULTS = {"frames": 1000, "temperature": 500.0, "spacing": 10.0, "equilibration": 1.0, "damping": 2.0}
+LARGEST_SEED = 2**31 - 2
+"""RDKit counts its seeds from 1, in 32 bits with a sign."""
 
 
 def make_md_command(
@@ -62,7 +64,9 @@ def make_md_command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The .npz to write. [default: <name>.npz]", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the coordinates, velocities and noise.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the coordinates, velocities and noise.", min=0, max=LARGEST_SEED)
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:

@@ -16,6 +16,7 @@ import typer
 
 from stabletrain.errors import ConfigError, RunDirectoryError, nearest
 from stabletrain.nnip.stable_options import THERMOSTATS
+from stabletrain.training.config import LARGEST_SEED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ Damping = Annotated[
     float, typer.Option("--damping", help="langevin and baoab: friction in 1 / ps.", min=0.0, rich_help_panel=PANEL)
 ]
 FrameEvery = Annotated[int, typer.Option("--frame-every", help="Steps between frames.", min=1, rich_help_panel=PANEL)]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of velocities and noise.", min=0)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of velocities and noise.", min=0, max=LARGEST_SEED)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 

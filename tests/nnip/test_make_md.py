@@ -93,6 +93,8 @@ def test_the_command_makes_data_that_training_reads(tmp_path: Path, capsys: pyte
     assert "water-flexible" in capsys.readouterr().err
     assert run([*arguments[:-2], str(tmp_path / "other.npz"), "--spacing", "0.7"]) == 2
     assert "multiple of --timestep" in capsys.readouterr().err
+    assert run([*arguments, "--seed", str(2**31 - 1)]) == 2
+    assert "--seed" in capsys.readouterr().err
 
 
 def test_a_structure_is_a_file_or_smiles() -> None:

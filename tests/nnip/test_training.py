@@ -16,7 +16,7 @@ from stabletrain.nnip.errors import error_scalars, error_table
 from stabletrain.nnip.experiment import NnipExperiment
 from stabletrain.nnip.schedule import learning_rate_at, start_plateau, update_plateau
 from stabletrain.nnip.stable_learning import energy_force_loss
-from stabletrain.training.config import make_config, to_dict
+from stabletrain.training.config import LARGEST_SEED, make_config, to_dict
 from stabletrain.training.devices import make_mesh
 
 TINY: dict[str, Any] = {
@@ -147,6 +147,12 @@ def test_without_validation_frames_the_average_is_preferred() -> None:
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(NnipConfig, options)
+
+
+def test_a_seed_of_the_split_is_a_seed() -> None:
+    for seed in (-1, LARGEST_SEED + 1):
+        with pytest.raises(ConfigError, match="split_seed"):
+            make_config(NnipConfig, {"split_seed": seed})
 
 
 @pytest.mark.parametrize(
