@@ -130,8 +130,9 @@ def _from_ase(path: Path) -> LabelledFrames:
 
     try:
         atoms: Any = ase.io.read(path, index=":")
-        energies = np.asarray([frame.get_potential_energy() for frame in atoms], np.float64)
-        forces = np.asarray([frame.get_forces() for frame in atoms], np.float64)
+        # As stored: constraints of the file (`FixAtoms`) would set forces to zero.
+        energies = np.asarray([frame.get_potential_energy(apply_constraint=False) for frame in atoms], np.float64)
+        forces = np.asarray([frame.get_forces(apply_constraint=False) for frame in atoms], np.float64)
         positions = np.asarray([frame.get_positions() for frame in atoms], np.float64)
         species = atoms[0].get_atomic_numbers()
         if any(not np.array_equal(frame.get_atomic_numbers(), species) for frame in atoms):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 
 from stabletrain.cli import study
 from stabletrain.cli.main import run
@@ -153,6 +154,17 @@ def test_files_of_ase(tmp_path: Path) -> None:
     again = read_frames("x", str(tmp_path / "dimer.extxyz"))
     np.testing.assert_allclose(again.energies, frames.energies[:4], atol=1e-6)
     np.testing.assert_allclose(again.forces, frames.forces[:4], atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["extxyz", "traj"])
+def test_forces_of_constrained_atoms_are_read_as_stored(tmp_path: Path, form: str) -> None:
+    """ASE gives zero for the force on a fixed atom; the label is what the reference computed."""
+    forces = np.random.default_rng(0).normal(size=X.shape)
+    atoms = Atoms(numbers=SYSTEM.species, positions=X, constraint=FixAtoms([0]))
+    atoms.calc = SinglePointCalculator(atoms, energy=1.0, forces=forces)
+    ase.io.write(tmp_path / f"fixed.{form}", [atoms, atoms])
+    frames = read_frames("x", str(tmp_path / f"fixed.{form}"))
+    np.testing.assert_allclose(frames.forces, [forces, forces], atol=1e-7)  # extxyz keeps eight decimals
 
 
 def test_one_cell_for_all_frames(tmp_path: Path) -> None:
