@@ -114,7 +114,7 @@ def make_frames(
         _save(partial, about, state, frames)
         raise
     tick("frames", total, total)
-    content = _content(engine, frames[settings.skipped :])
+    content = _content(engine, frames[settings.skipped : total])  # a stopped run of more frames may have left more
     _write(out, {**content, "energy_unit": np.asarray("eV"), "about": np.asarray(json.dumps(about))})
     partial.unlink(missing_ok=True)
     forces = content["F"]

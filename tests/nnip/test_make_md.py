@@ -68,6 +68,20 @@ def test_frames_after_a_stop_are_those_without_one(tmp_path: Path) -> None:
         make_frames(engine(), SETTINGS, out)
 
 
+def test_a_stop_after_more_frames_than_asked_for_gives_those_asked_for(tmp_path: Path) -> None:
+    def stop(label: str, done: int, total: int) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    fewer = Settings(**{**vars(SETTINGS), "frames": 4})
+    with pytest.raises(KeyboardInterrupt):
+        make_frames(engine(), SETTINGS, tmp_path / "parts.npz", tick=stop)
+    parts = make_frames(engine(), fewer, tmp_path / "parts.npz")
+    whole = make_frames(engine(), fewer, tmp_path / "whole.npz")
+    assert (parts["resumed_from"], parts["frames"], len(read_frames("", parts["file"]))) == (9, 4, 4)
+    np.testing.assert_array_equal(read_frames("", parts["file"]).positions, read_frames("", whole["file"]).positions)
+
+
 def test_the_thermostat_samples_the_spring(tmp_path: Path) -> None:
     """<k (r - 1)^2> = kT of a stiff spring, up to the radial measure: <E> = kT / 2 (1 + O(kT / k))."""
     settings = Settings(frames=300, timestep=1.0, spacing=8.0, damping=200.0, equilibration=0.05, temperature=300.0)
