@@ -12,6 +12,7 @@ its provenance, a JSON text, beside.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 import zipfile
@@ -188,10 +189,13 @@ class CalculatorEngine:
     """Dynamics with an ASE calculator, made anew at each frame: what it remembers of one would be lost in a stop."""
 
     def __init__(self, atoms: Any, calculator: Callable[[], Any], provenance: Mapping[str, Any]) -> None:
-        """`atoms` is an `ase.Atoms`, periodic along each axis or along none."""
+        """`atoms` is an `ase.Atoms`, periodic along each axis or along none, without constraints.
+
+        `provenance` gains the `geometry`: a stopped run goes on from this structure only.
+        """
         self.species = np.asarray(atoms.get_atomic_numbers())
         self.cell = np.asarray(atoms.cell.array) if atoms.pbc.all() else None
-        self.provenance = provenance
+        self.provenance = {**provenance, "geometry": _geometry(atoms)}
         self._atoms, self._calculator = atoms, calculator
 
     def start(self, settings: Settings) -> State:
@@ -240,6 +244,20 @@ class CalculatorEngine:
 
 RELAXED, RELAXATION_STEPS = 0.05, 200
 """The start is relaxed until no force exceeds this, in eV / A, or for so many steps."""
+
+
+def _geometry(atoms: Any) -> str:
+    """A digest of what a calculator sees of the structure: the elements, positions, cell, charges and moments."""
+    digest = hashlib.sha256()
+    for array in (
+        atoms.get_atomic_numbers(),
+        atoms.get_positions(),
+        atoms.cell.array if atoms.pbc.any() else np.zeros(0),
+        atoms.get_initial_charges(),
+        atoms.get_initial_magnetic_moments(),
+    ):
+        digest.update(np.ascontiguousarray(array, np.float64).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _noise(seed: int, step: int, masses: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from stabletrain.errors import DataError
 def read_structure(named: str, seed: int = 0) -> tuple[Any, str]:
     """The `ase.Atoms` of a file, its last frame, or of a SMILES string, and what it is called.
 
-    Raises: `DataError` for what is neither.
+    Raises: `DataError` for what is neither, or for a file with constraints or with periodicity along some axes only.
     """
     path = Path(named)
     if path.is_file():
@@ -32,6 +32,9 @@ def _from_file(path: Path) -> Any:
         raise DataError(f"{path} cannot be read as a structure: {error}") from error
     if atoms.pbc.any() and not atoms.pbc.all():
         raise DataError(f"{path} is periodic along some axes only: it must be along each, or along none")
+    if atoms.constraints:
+        names = ", ".join(sorted({type(constraint).__name__ for constraint in atoms.constraints}))
+        raise DataError(f"{path} has constraints ({names}): every atom moves here, so remove them from the file")
     return atoms
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.constraints import FixAtoms
 
 from stabletrain.cli.main import run
 from stabletrain.errors import ConfigError, DataError
@@ -82,6 +83,31 @@ def test_a_stop_after_more_frames_than_asked_for_gives_those_asked_for(tmp_path:
     np.testing.assert_array_equal(read_frames("", parts["file"]).positions, read_frames("", whole["file"]).positions)
 
 
+@pytest.mark.parametrize("change", ["atom", "cell", "moment"])
+def test_a_stopped_run_goes_on_from_the_same_structure_only(tmp_path: Path, change: str) -> None:
+    def made(atoms: Atoms, **options: Any) -> dict[str, Any]:
+        of_spring = CalculatorEngine(atoms, Spring, {"structure": "h2"})
+        return make_frames(of_spring, SETTINGS, tmp_path / "h2.npz", **options)
+
+    def stop(label: str, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    atoms = Atoms("H2", positions=[[0, 0, 0], [0, 0, 1.3]], cell=[8.0] * 3, pbc=True)
+    edited = atoms.copy()
+    if change == "atom":
+        edited.positions[1, 2] += 0.01
+    elif change == "cell":
+        edited.cell[0, 0] = 9.0
+    else:
+        edited.set_initial_magnetic_moments([1.0, 0.0])
+    with pytest.raises(KeyboardInterrupt):
+        made(atoms, tick=stop)
+    with pytest.raises(DataError, match=r"other settings \(geometry [0-9a-f]{16} there, [0-9a-f]{16} here\)"):
+        made(edited)
+    assert made(atoms)["resumed_from"] == 3
+
+
 def test_the_thermostat_samples_the_spring(tmp_path: Path) -> None:
     """<k (r - 1)^2> = kT of a stiff spring, up to the radial measure: <E> = kT / 2 (1 + O(kT / k))."""
     settings = Settings(frames=300, timestep=1.0, spacing=8.0, damping=200.0, equilibration=0.05, temperature=300.0)
@@ -122,6 +148,16 @@ def test_a_structure_is_a_file_or_smiles() -> None:
         read_structure("notamolecule")
     with pytest.raises(DataError, match=r"no file missing\.xyz"):
         read_structure("missing.xyz")
+
+
+def test_a_structure_with_constraints_is_refused(tmp_path: Path) -> None:
+    """ASE would hold fixed atoms back and zero their forces, while the dynamics here move them."""
+    from ase.io import write
+
+    fixed = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 2.4]], constraint=FixAtoms([0]))
+    write(tmp_path / "fixed.extxyz", fixed)
+    with pytest.raises(DataError, match=r"has constraints \(FixAtoms\).*remove them"):
+        read_structure(str(tmp_path / "fixed.extxyz"))
 
 
 def test_xtb_gives_energies_and_forces_that_belong_together(tmp_path: Path) -> None:
