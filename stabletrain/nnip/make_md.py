@@ -79,6 +79,8 @@ def make_md_command(
 
     if (structure is None) == (system is None):
         raise ConfigError("make-md takes a structure (SMILES or a file), or --system water-flexible")
+    if out is not None and out.suffix != ".npz":
+        raise ConfigError(f"--out {out} is no .npz, which is what the frames are written as: --out {out}.npz")
     defaults = dict(DEFAULTS)
     engine: Any
     if system is not None:

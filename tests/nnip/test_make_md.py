@@ -133,6 +133,10 @@ def test_the_command_makes_data_that_training_reads(tmp_path: Path, capsys: pyte
     assert "water-flexible" in capsys.readouterr().err
     assert run([*arguments[:-2], str(tmp_path / "other.npz"), "--spacing", "0.7"]) == 2
     assert "multiple of --timestep" in capsys.readouterr().err
+    for name in ("plain", "copper.xyz.dat"):  # training would not read them
+        assert run([*arguments[:-2], str(tmp_path / name)]) == 2
+        assert f"--out {tmp_path / name}.npz" in capsys.readouterr().err
+        assert not list(tmp_path.glob(f"{name}*"))
     assert run([*arguments, "--seed", str(2**31 - 1)]) == 2
     assert "--seed" in capsys.readouterr().err
 
