@@ -2,9 +2,9 @@
 
 Formats of `--data`: `.npz` with R, E, F and z, as MD17 and MD22 have them, or coords, energies, forces and
 nuclear_charges, as rMD17, and `cell` for a periodic system; and whatever ASE reads with energies and forces (extended
-XYZ, ...). Units of npz files are kcal/mol and A, as in those three, unless the file names its own (`energy_unit`, as
-`stabletrain data make-md` writes it) or the options say otherwise; those of ASE are eV and A. One cell holds for all
-frames: a cell for each, [N, 3, 3] or [N, 9], must be N times the same.
+XYZ, ...). z are atomic numbers or chemical symbols. Units of npz files are kcal/mol and A, as in those three, unless
+the file names its own (`energy_unit`, as `stabletrain data make-md` writes it) or the options say otherwise; those of
+ASE are eV and A. One cell holds for all frames: a cell for each, [N, 3, 3] or [N, 9], must be N times the same.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase.data import atomic_numbers
 
 from stabletrain.errors import ConfigError, DataError, nearest
+from stabletrain.metrics.files import UNREADABLE, read_npz
 from stabletrain.nnip.systems import System, checked_cell, make_system
 
 KCAL_PER_MOL = 0.0433641043
@@ -104,9 +106,8 @@ def _made(dataset: str) -> Path:
 
 def _from_npz(path: Path, name: str, energy_unit: str | None, length_unit: str | None) -> LabelledFrames:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {key: file[key] for key in file.files}
-    except (OSError, ValueError) as error:
+        content = read_npz(path)
+    except UNREADABLE as error:
         raise DataError(f"{path} is not a readable .npz: {error}") from error
     columns = {key: content.get(key, content.get(other)) for key, other in COLUMNS.items()}
     if missing := [key for key, column in columns.items() if column is None]:
@@ -118,11 +119,35 @@ def _from_npz(path: Path, name: str, energy_unit: str | None, length_unit: str |
         raise ConfigError(f"--energy-unit {energy_unit} contradicts {path.name}, which says {stated}")
     energy = UNITS[energy_unit or stated or "kcal/mol"]
     length = LENGTH_UNITS[length_unit or "A"]
-    positions, energies, forces = (np.asarray(columns[key], np.float64) for key in "REF")
-    cell = np.asarray(content["cell"], np.float64) * length if "cell" in content else None
+    positions, energies, forces = (_numbers(path, key, columns[key]) for key in "REF")
+    cell = _numbers(path, "cell", content["cell"]) * length if "cell" in content else None
+    species = _species(path, columns["z"])
     return _checked(
-        path, name, columns["z"], positions * length, energies.reshape(-1) * energy, forces * (energy / length), cell
+        path, name, species, positions * length, energies.reshape(-1) * energy, forces * (energy / length), cell
     )
+
+
+def _numbers(path: Path, key: str, column: np.ndarray) -> np.ndarray:
+    if column.dtype.kind not in "iuf":
+        raise DataError(f"{path} has {key} of type {column.dtype}: it must be real numbers")
+    return np.asarray(column, np.float64)
+
+
+def _species(path: Path, z: np.ndarray) -> np.ndarray:
+    """Atomic numbers [n], of whole numbers or of chemical symbols. Raises: `DataError` for anything else."""
+    if z.ndim != 1:
+        raise DataError(
+            f"{path} has z of shape {z.shape}: it must be [n], one for each atom and the same in all frames"
+        )
+    if z.dtype.kind in "US":
+        symbols = [str(symbol) for symbol in z.astype(np.str_)]
+        if unknown := [symbol for symbol in symbols if symbol not in atomic_numbers]:
+            raise DataError(f"{path} has {unknown[0]!r} in z: it must be atomic numbers, or chemical symbols")
+        return np.asarray([atomic_numbers[symbol] for symbol in symbols])
+    numbers = _numbers(path, "z", z)
+    if not np.array_equal(numbers, np.round(numbers)):  # a NaN too
+        raise DataError(f"{path} has z that are not whole: it must be atomic numbers, or chemical symbols")
+    return numbers
 
 
 def _from_ase(path: Path) -> LabelledFrames:
@@ -130,13 +155,13 @@ def _from_ase(path: Path) -> LabelledFrames:
 
     try:
         atoms: Any = ase.io.read(path, index=":")
+        species = atoms[0].get_atomic_numbers() if atoms else np.zeros(0, int)
+        if any(not np.array_equal(frame.get_atomic_numbers(), species) for frame in atoms):
+            raise DataError(f"{path} holds different systems; all frames must have the same atoms in the same order")
         # As stored: constraints of the file (`FixAtoms`) would set forces to zero.
         energies = np.asarray([frame.get_potential_energy(apply_constraint=False) for frame in atoms], np.float64)
         forces = np.asarray([frame.get_forces(apply_constraint=False) for frame in atoms], np.float64)
         positions = np.asarray([frame.get_positions() for frame in atoms], np.float64)
-        species = atoms[0].get_atomic_numbers()
-        if any(not np.array_equal(frame.get_atomic_numbers(), species) for frame in atoms):
-            raise DataError(f"{path} holds different systems; all frames must have the same atoms in the same order")
     except DataError:
         raise
     except Exception as error:  # whatever ASE's many readers raise
@@ -151,6 +176,8 @@ def _from_ase(path: Path) -> LabelledFrames:
 def _checked(
     path: Path, name: str, species: Any, positions: np.ndarray, energies: np.ndarray, forces: np.ndarray, cell: Any
 ) -> LabelledFrames:
+    if not len(energies):
+        raise DataError(f"{path} has no frames")
     shape = (len(energies), len(species), 3)
     if positions.shape != shape or forces.shape != shape:
         raise DataError(f"{path}: R {positions.shape} and F {forces.shape} do not fit {len(energies)} energies")
@@ -167,7 +194,7 @@ def _checked(
 
 def _one_cell(path: Path, cell: np.ndarray, count: int) -> np.ndarray:
     """The cell [3, 3] of all frames, from one or from `count` equal ones. Raises: `DataError` where they differ."""
-    if len(cell) == count and cell[0].size == 9:
+    if cell.ndim > 1 and len(cell) == count and cell[0].size == 9:
         # The last digits of a float32 file may differ; a cell of changing size differs by more.
         if not np.allclose(cell, cell[0], rtol=0, atol=1e-4):
             raise DataError(f"{path} has frames in different cells: a potential here is for one cell")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,16 @@ from stabletrain.cli import study
 from stabletrain.cli.main import run
 from stabletrain.cli.options import resolve as resolve_options
 from stabletrain.errors import ConfigError, DataError
+from stabletrain.nnip import benchmark_command, simulate
+from stabletrain.nnip.benchmark_command import labels_of
 from stabletrain.nnip.calculator import PotentialCalculator
 from stabletrain.nnip.config import NnipConfig, default_base, default_base_path, resolve
 from stabletrain.nnip.family import FAMILY, needs
 from stabletrain.nnip.frames import KCAL_PER_MOL, read_frames, split
 from stabletrain.nnip.potential import EnergyScale, Potential
 from stabletrain.nnip.schnet import SchNet
-from stabletrain.nnip.systems import make_system
+from stabletrain.nnip.stored import Stored
+from stabletrain.nnip.systems import System, make_system
 from stabletrain.training.config import make_config
 from stabletrain.training.run_directory import RunDirectory
 
@@ -206,6 +210,61 @@ def test_bad_files_are_said_in_a_sentence(tmp_path: Path) -> None:
         read_frames("x", str(tmp_path / "text.xyz"))
 
 
+def test_damaged_npz_files_are_said_in_a_sentence(tmp_path: Path) -> None:
+    whole = write_npz(tmp_path / "whole.npz").read_bytes()
+    np.save(tmp_path / "array.npy", X)
+    changed = bytearray(whole)
+    changed[200] ^= 255
+    for name, content in {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "array": (tmp_path / "array.npy").read_bytes(),
+        "changed": bytes(changed),
+    }.items():
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}\.npz is not a readable \.npz: .+"):
+            read_frames("x", str(tmp_path / f"{name}.npz"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"R": X[None][:0], "E": np.zeros(0), "F": X[None][:0]}, "has no frames"),
+        ({"z": np.asarray(["O", "H", "H", "O", "H", "Hh"])}, "has 'Hh' in z: it must be atomic numbers, or chemical"),
+        ({"z": np.asarray([8, 1, 1, 8, 1, 1.5])}, "has z that are not whole"),
+        ({"z": np.tile(SYSTEM.species, (30, 1))}, r"has z of shape \(30, 6\): it must be \[n\]"),
+        ({"z": np.asarray(8)}, r"has z of shape \(\)"),
+        ({"E": np.asarray(["low"] * 30)}, "has E of type <U3: it must be real numbers"),
+        ({"E": np.zeros(30, complex)}, "has E of type complex128: it must be real numbers"),
+        ({"cell": np.asarray("cubic")}, "has cell of type <U5: it must be real numbers"),
+        ({"cell": np.asarray([9.0, 9.0])}, "a cell has one, three or nine numbers, not 2"),
+    ],
+)
+def test_npz_files_of_another_form_are_said_in_a_sentence(
+    tmp_path: Path, changes: dict[str, np.ndarray], said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        read_frames("x", str(write_npz(tmp_path / "form.npz", **changes)))
+
+
+def test_symbols_and_a_single_edge_are_read(tmp_path: Path) -> None:
+    numbers = read_frames("x", str(write_npz(tmp_path / "numbers.npz", cell=np.diag([9.0, 9.0, 9.0]))))
+    for symbols in (np.asarray(list("OHHOHH")), np.asarray([b"O", b"H", b"H"] * 2)):
+        named = read_frames("x", str(write_npz(tmp_path / "names.npz", z=symbols, cell=np.asarray(9.0))))
+        assert named.spec.fingerprint == numbers.spec.fingerprint
+        assert named.system.symbols == tuple("OHHOHH")
+
+
+def test_frames_of_different_atoms_are_refused(tmp_path: Path) -> None:
+    for name, second in (("more", "OH2OH3"), ("other", "OH2OHLi")):
+        images = [Atoms("OH2OH2"), Atoms(second)]
+        for atoms in images:
+            atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)))
+        ase.io.write(tmp_path / f"{name}.extxyz", images)
+        with pytest.raises(DataError, match="holds different systems"):
+            read_frames("x", str(tmp_path / f"{name}.extxyz"))
+
+
 def test_splits_are_disjoint_and_keep_the_test_frames(tmp_path: Path) -> None:
     frames = read_frames("x", str(write_npz(tmp_path / "dimer.npz")))
     train, validation, test = split(frames, 5, 6, 10, 0)
@@ -253,6 +312,48 @@ def test_a_run_takes_from_its_base_what_that_fixes(tmp_path: Path) -> None:
 
 SMALLEST = ["--features", "8", "--interactions", "1", "--train-frames", "8", "--test-frames", "8"]
 QUIET = ["--quiet", "--devices", "1", "--log-every", "1"]
+
+
+def by_hand(path: Path, system: System = SYSTEM, **values: Any) -> Stored:
+    """A potential that was never trained, and frames about its structure, as if read from a run there."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.toml").touch()
+    potential = dataclasses.replace(SMALL, system=system)
+    start = X[: system.count] * (1.0 if len(system.bonds) else 4.0)
+    frames = start + np.random.default_rng(0).normal(size=(12, system.count, 3)) * 0.02
+    config = resolve(make_config(NnipConfig, values))
+    return Stored(path, 7, potential, potential.init(jax.random.key(0)), frames, frames, np.zeros(12), config)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> dict[Path, Stored]:
+    """What the commands read in the place of runs, by path."""
+    stored: dict[Path, Stored] = {}
+    for command in (benchmark_command, simulate):
+        monkeypatch.setattr(command, "read_potential", lambda path, checkpoint="newest": stored[path])
+    return stored
+
+
+SHORT = ["--replicas", "2", "--window", "8", "--frame-every", "4", "--quiet", "--json"]
+
+
+def test_runs_of_the_same_name_are_told_apart(
+    tmp_path: Path, read: dict[Path, Stored], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each under the shortest end of its path that is its own; the same folder twice is refused."""
+    one, two = tmp_path / "one" / "base-s0", tmp_path / "two" / "base-s0"
+    read |= {one: by_hand(one), two: dataclasses.replace(by_hand(two), step=9)}
+    command = ["nnip", "benchmark", str(one), "--time", "0.004", *SHORT]
+    assert run([*command, "--against", str(two)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [(row["potential"], row["step"]) for row in document["benchmark"]] == [
+        ("one/base-s0", 7),
+        ("two/base-s0", 9),
+    ]
+    assert run([*command, "--against", f"{two}/../../one/base-s0"]) == 2
+    assert "name each run once" in capsys.readouterr().err
+    assert labels_of([one, two, tmp_path / "x"]) == ["one/base-s0", "two/base-s0", "x"]
+    assert labels_of([tmp_path / "a" / "reference"], taken=("reference",)) == ["a/reference"]
 
 
 @pytest.mark.slow
