@@ -419,7 +419,8 @@ def reweighted_gradient(
     """v^T d<g>_w/dth of the reweighted mean <g>_w = sum_i w_i g_i (DiffTRe), for samples of another potential.
 
     `reference_energies` are U_ref(x_i) of the potential that was simulated, in eV. At U = U_ref it is (N - 1) / N
-    times `boltzmann_gradient`; further off, check `may_reuse(reweighting(...))` first: few samples carry the weight.
+    times `boltzmann_gradient`, with G groups (N - G) / N times; further off, check `may_reuse(reweighting(...))` first:
+    few samples carry the weight.
     One forward pass in chunks for the weights, unless `energies` already gives U(x_i), and one reverse pass in chunks
     for the gradient. With `group` the weighted covariance is that within groups, as in `boltzmann_gradient`.
 

@@ -134,6 +134,8 @@ class NnipConfig(StableOptions, TrainConfig):
 
 def _problems(config: NnipConfig) -> Iterator[str]:
     yield from stable_problems(config)
+    if config.precision != "float32":
+        yield f"--precision {config.precision} is not for potentials: their forces need float32"
     for flag, unit in (("--energy-unit", config.energy_unit), ("--length-unit", config.length_unit)):
         if unit and config.data is None:
             yield f"{flag} does nothing without --data"
@@ -152,7 +154,7 @@ def _problems(config: NnipConfig) -> Iterator[str]:
 
 
 OF_THE_BASE = ("learning_rate", "lr_decay", "warmup_steps", "validation_patience", "minimum_rate", "beta2",
-               "gradient_clip", "ema_decay", "batch_size", "validate_every")  # fmt: skip
+               "gradient_clip", "ema_decay", "batch_size", "validate_every", "validation_frames")  # fmt: skip
 """Options of plain training: StABlE Training descends along whole gradients, at its own rate."""
 
 
@@ -163,10 +165,13 @@ def _unused_options(config: NnipConfig) -> Iterator[str]:
     """
     given = config.given()
     if config.stable:
+        filled_in = {"batch_size": 1, "validation_frames": 0}  # by `resolve`
         for name in OF_THE_BASE:
-            if name in given and not (name == "batch_size" and config.batch_size == 1):
+            if name in given and getattr(config, name) != filled_in.get(name):
                 flag = "--" + name.replace("_", "-")
                 yield f"{flag} does nothing with --stable: train the base with it and name that with --base"
+        if config.devices > 1:
+            yield f"--devices {config.devices} does nothing with --stable, whose replicas run on one device"
     elif config.lr_decay != "plateau":
         for name in ("validation_patience", "minimum_rate"):
             if name in given:
@@ -209,6 +214,11 @@ def resolve(config: NnipConfig) -> NnipConfig:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} {given} contradicts the base run, which has {base[name]}")
         chosen["split_seed"] = base["split_seed"]
+        if config.split_seed not in (None, base["split_seed"]):
+            raise ConfigError(
+                f"--split-seed {config.split_seed} contradicts the base run, which has {base['split_seed']}: frames "
+                "that it was trained on would be among those to test on"
+            )
     chosen = {**SMALL_NETWORKS[chosen.get("model", config.model)], **chosen}
     chosen.setdefault("split_seed", config.seed)
     train = config.train_frames or chosen["train_frames"]
@@ -220,19 +230,21 @@ def resolve(config: NnipConfig) -> NnipConfig:
         "batch_size": 1 if config.stable else batch,
     }
     if config.stable:
-        open_values["reuse_steps"] = 1 if config.observable == "bond-lengths" else 5
+        again = config.observable != "bond-lengths" and config.residual == "full-sample"
+        open_values["reuse_steps"] = 5 if again else 1
         several = config.window > config.frame_every  # frames of a replica, without which it has no covariance
         within = config.observable == "distances" and config.residual != "released" and several
         open_values["covariance"] = "within-replicas" if within else "total"
     if config.validation_frames is None:
-        chosen["validation_frames"] = min(50, train)
+        chosen["validation_frames"] = 0 if config.stable else min(50, train)
     if config.validation_frames != 0 and not config.stable:
         open_values["validate_every"] = max(50, -(-train // batch))
     values = {**open_values, **chosen}
+    given = config.given()
     fill = {
         name: value
         for name, value in values.items()
-        if getattr(config, name) in (None, 0) or (config.base is not None and name in FROM_BASE)
+        if name not in given or (config.base is not None and name in FROM_BASE)
     }
     return replace(config, **fill)
 

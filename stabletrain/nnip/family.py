@@ -39,7 +39,11 @@ def build(config: NnipConfig, *, mesh: Any, data_spec: Any = None) -> Experiment
 
 
 def base_params(config: NnipConfig, *, mesh: Any) -> Any:
-    """The preferred weights of the run that `--base` names, from its newest checkpoint."""
+    """The preferred weights of the run that `--base` names, from its newest checkpoint.
+
+    Raises: `DataError` when it was trained on other frames; `CheckpointError`.
+    """
+    from stabletrain.nnip.stored import check_frames
     from stabletrain.training.checkpoints import load_state
     from stabletrain.training.config import make_config
     from stabletrain.training.run_directory import RunDirectory
@@ -47,7 +51,9 @@ def base_params(config: NnipConfig, *, mesh: Any) -> Any:
     assert config.base is not None
     path = base_path(config.base)
     stored = make_config(NnipConfig, dict(RunDirectory.open(path).config_values), source=str(path / "config.toml"))
-    base: Any = build(dataclasses.replace(stored, data=stored.data or config.data), mesh=mesh)
+    where = {name: getattr(config, name) for name in ("data", "energy_unit", "length_unit")}  # the file may have moved
+    base: Any = build(dataclasses.replace(stored, **where), mesh=mesh)
+    check_frames(path, base.data_spec)
     state, _ = load_state(base, path)
     return next(iter(base.weights(state).values()))
 

@@ -89,7 +89,7 @@ class StableOptions:
     reuse_steps: int = option(
         0,
         "Learning steps on one window's frames, at most; above 1 they are reweighted. 0 chooses: 5, and 1 for bond "
-        "lengths.",
+        "lengths and with another residual than full-sample.",
         panel=STABLE,
         minimum=0,
     )
@@ -134,6 +134,8 @@ def stable_problems(config: StableOptions) -> list[str]:
         found.append(f"--frame-every {config.frame_every} does not divide --window {config.window}")
     if config.residual != "full-sample" and config.observable == "none":
         found.append(f"--residual {config.residual} does nothing with --observable none")
+    if config.observable == "none" and config.energy_force_weight == 0:
+        found.append("--observable none with --energy-force-weight 0 learns nothing")
     if config.covariance == "within-replicas" and config.observable != "distances":
         found.append(f"--covariance within-replicas is for --observable distances, not {config.observable}")
     if config.covariance == "within-replicas" and config.residual == "released":
@@ -174,7 +176,11 @@ def unused_stable_options(config: StableOptions, given: Set[str]) -> Iterator[st
         yield f"--relaxation-time does nothing with --thermostat {config.thermostat}: it belongs to nose-hoover"
     if "residual_batch" in given and config.residual != "released":
         yield f"--residual-batch does nothing with --residual {config.residual}: it belongs to released"
-    if "reuse_ratio" in given and (config.reuse_steps == 1 or config.observable == "bond-lengths"):
+    if config.reuse_steps > 1 and config.residual != "full-sample":
+        yield f"--reuse-steps {config.reuse_steps} reweights, --residual {config.residual} does not"
+    if "reuse_ratio" in given and (
+        config.reuse_steps == 1 or config.observable == "bond-lengths" or config.residual != "full-sample"
+    ):
         yield "--reuse-ratio does nothing with one learning step in a window"
     if not config.benchmark_replicas:
         for name in ("benchmark_time", "benchmark_bond_deviation"):

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stabletrain.errors import ConfigError, RunDirectoryError, nearest
+from stabletrain.errors import ConfigError, DataError, RunDirectoryError, nearest
 from stabletrain.nnip.stable_options import THERMOSTATS
 from stabletrain.training.config import LARGEST_SEED
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from stabletrain.nnip.frames import FramesSpec
     from stabletrain.nnip.potential import Potential
 
 PANEL = "Dynamics"
@@ -65,10 +66,28 @@ def find_run(named: str) -> Path:
     raise RunDirectoryError(f"there is no run {named!r}{hint}")
 
 
+def check_frames(path: Path, here: FramesSpec) -> None:
+    """Raises: `DataError` when the run was trained on other frames than those that are here now.
+
+    The scale of a potential's energies, their references, its mean number of neighbours and its split are taken from
+    the frames: with others the same weights are another potential.
+    """
+    from stabletrain.training.run_directory import RunDirectory
+
+    trained_on = RunDirectory.open(path).record.get("data", {})
+    old, new = trained_on.get("fingerprint"), here.fingerprint
+    if old and old != new:
+        raise DataError(
+            f"{path} was trained on {trained_on['frames']} frames of {trained_on['name']}, fingerprint {old[:12]}; "
+            f"{here.name} here has {here.frames} with {new[:12]}: restore the file, or train anew"
+        )
+
+
 def read_potential(path: Path, checkpoint: str = "newest") -> Stored:
     """The potential of a run of this family, with its preferred weights.
 
-    Raises: `RunDirectoryError` for a run of another family; `CheckpointError` where there is no such checkpoint.
+    Raises: `RunDirectoryError` for a run of another family; `DataError` when its frames have changed; `CheckpointError`
+    where there is no such checkpoint.
     """
     from stabletrain.nnip.family import FAMILY
     from stabletrain.training.checkpoints import load_state
@@ -83,6 +102,7 @@ def read_potential(path: Path, checkpoint: str = "newest") -> Stored:
     # One device, whatever the run had: several runs may be read in one process.
     configure_backend(1, config.batch_size)
     experiment: Any = FAMILY.build(config, mesh=make_mesh(1, config.batch_size))
+    check_frames(path, experiment.data_spec)
     state, step = load_state(experiment, path, checkpoint)
     params = next(iter(experiment.weights(state).values()))
     train, test = experiment.train, experiment.test

@@ -110,8 +110,8 @@ class TrainConfig:
     )  # fmt: skip
 
     devices: int = option(
-        0, "Devices to use; 0: all accelerators, or one CPU device, which uses every core.", panel="Devices", minimum=0,
-        identity=False,
+        0, "Devices to use; 0: as many accelerators as divide the batch, or one CPU device, which uses every core.",
+        panel="Devices", minimum=0, identity=False,
     )  # fmt: skip
     inner_steps: int = option(
         0, "Steps per dispatch to the device; 0 chooses (1 for convolutions on CPU, more where it pays).",

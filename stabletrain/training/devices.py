@@ -83,8 +83,13 @@ def configure_backend(devices: int, batch_size: int, *, compile_cache: bool = Tr
 def _does_not_divide(batch_size: int, devices: int) -> str:
     below, above = batch_size // devices * devices, -(-batch_size // devices) * devices
     sizes = " or ".join(f"--batch-size {size}" for size in (below, above) if size)
-    fitting = max(count for count in range(1, devices) if batch_size % count == 0)
+    fitting = most_devices(devices, batch_size)
     return f"batch size {batch_size} is not divisible by {devices} devices: use {sizes}, or --devices {fitting}"
+
+
+def most_devices(available: int, batch_size: int) -> int:
+    """The largest number of devices, of those there are, that divides the batch."""
+    return max(count for count in range(1, available + 1) if batch_size % count == 0)
 
 
 def _set_cpu_devices(count: int) -> None:
@@ -136,13 +141,13 @@ def compute_dtype(precision: str) -> Any:
 def make_mesh(devices: int, batch_size: int) -> Mesh:
     """A mesh with the axis "data" over the first `devices` devices.
 
-    0 takes all accelerators; without any, one CPU device.
+    0 takes as many accelerators as divide the batch; without any, one CPU device.
 
     Raises: `ConfigError` when there are fewer devices, or when the batch does not divide.
     """
     available = jax.devices()
     kind = available[0].platform
-    devices = devices or (1 if kind == "cpu" else len(available))
+    devices = devices or (1 if kind == "cpu" else most_devices(len(available), batch_size))
     if devices > len(available):
         raise ConfigError(
             f"{devices} devices were asked for, but there are {len(available)} ({kind}): "

@@ -427,6 +427,7 @@ def test_an_evaluation_at_other_temperatures_reports_survival_alone(tmp_path: Pa
     [
         ({"frame_every": 7}, "does not divide"),
         ({"observable": "none", "residual": "released"}, "does nothing"),
+        ({"observable": "none", "energy_force_weight": 0.0}, "learns nothing"),
         ({"observable": "bond-lengths", "reuse_steps": 2}, "--reuse-steps"),
         ({"covariance": "within-replicas", "observable": "bond-lengths"}, "is for --observable distances"),
         ({"covariance": "within-replicas", "observable": "none"}, "is for --observable distances"),

@@ -142,6 +142,7 @@ def test_without_validation_frames_the_average_is_preferred() -> None:
     ("options", "message"),
     [({"lr_decay": "plateau", "validation_frames": 0}, "needs --validation-frames"),
      ({"validate_every": 5, "validation_frames": 0}, "does nothing"),
+     ({"precision": "bfloat16"}, "--precision bfloat16 is not for potentials"),
      ({"warmup_steps": 10, "steps": 10}, "leaves nothing")],
 )  # fmt: skip
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
@@ -168,11 +169,24 @@ def test_a_seed_of_the_split_is_a_seed() -> None:
      ({"stable": True, "thermostat": "baoab", "relaxation_time": 5.0}, "--relaxation-time does nothing"),
      ({"stable": True, "residual_batch": 4}, "--residual-batch does nothing with --residual full-sample"),
      ({"stable": True, "reuse_steps": 1, "reuse_ratio": 0.5}, "--reuse-ratio does nothing"),
+     ({"stable": True, "residual": "released", "reuse_steps": 3}, "--reuse-steps 3 reweights, --residual released"),
+     ({"stable": True, "validation_frames": 5}, "--validation-frames does nothing with --stable"),
+     ({"stable": True, "devices": 2}, "--devices 2 does nothing with --stable"),
      ({"stable": True, "benchmark_replicas": 0, "benchmark_time": 2.0}, "--benchmark-time does nothing")],
 )  # fmt: skip
 def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve(make_config(NnipConfig, options))
+
+
+@pytest.mark.parametrize(("residual", "steps"), [("full-sample", 5), ("cross-fitted", 1), ("released", 1)])
+def test_only_the_whole_sample_is_used_again(residual: str, steps: int) -> None:
+    assert resolve(make_config(NnipConfig, {"stable": True, "residual": residual})).reuse_steps == steps
+
+
+def test_the_split_has_the_seed_that_was_given() -> None:
+    for seed, wanted in ((None, 3), (0, 0), (4, 4)):
+        assert resolve(make_config(NnipConfig, {"seed": 3, "split_seed": seed})).split_seed == wanted
 
 
 @pytest.mark.parametrize(

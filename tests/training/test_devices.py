@@ -25,6 +25,7 @@ from stabletrain.training.devices import (
     configure_backend,
     cpu_model,
     make_mesh,
+    most_devices,
     replicated,
     shard_batch,
 )
@@ -246,6 +247,11 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would_fit() -> None:
         make_mesh(4, 10)
     with pytest.raises(ConfigError, match="not divisible"):
         configure_backend(3, 64)
+
+
+@pytest.mark.parametrize(("available", "batch", "fitting"), [(8, 64, 8), (3, 64, 2), (2, 5, 1), (4, 1, 1), (6, 9, 3)])
+def test_zero_devices_are_as_many_as_divide_the_batch(available: int, batch: int, fitting: int) -> None:
+    assert most_devices(available, batch) == fitting
 
 
 def test_more_devices_than_there_are_is_refused() -> None:
