@@ -183,13 +183,18 @@ class Survival:
         return times, stable / len(self.stable_time), low, high
 
     def median(self) -> tuple[float, float, float]:
-        """Median stable time in ps and its interval; infinite where more than half were stable to the end."""
+        """Median stable time in ps and its interval; infinite where half or more were stable to the end."""
         ordered = np.sort(np.where(self.survived, np.inf, self.stable_time))
         count = len(ordered)
         middle = ordered[(count - 1) // 2], ordered[count // 2]
         median = float(middle[0] if middle[0] == middle[1] else (middle[0] + middle[1]) / 2)
         low, high = order_statistics(count)
         return median, float(ordered[low]), float(ordered[high])
+
+    @property
+    def median_is_lower_bound(self) -> bool:
+        """Whether the median is beyond the length, which is then given in its place."""
+        return not np.isfinite(self.median()[0])
 
 
 def wilson_interval(successes: np.ndarray, count: int, confidence: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
@@ -265,8 +270,9 @@ def benchmark(
     tick: Callable[[int, int], None] = lambda done, total: None,
     on_frames: Callable[[Frames, np.ndarray], None] = lambda frames, stable: None,
 ) -> BenchmarkResult:
-    """Runs replicas from `starts` [R, n, 3] for at least `length` ps, in whole windows, or until none is stable.
+    """Runs replicas from `starts` [R, n, 3] for `length` ps, rounded to whole frames, or until none is stable.
 
+    At least one frame; where the length is no multiple of the window, the last one's frames beyond it do not count.
     Observables are averaged over the frames of each replica before its failure, and compared with the mean over
     `reference_frames` [N, n, 3] (weighted by `reference_weights` [N] where those are of another temperature). With a
     reference `trajectory` also observables in time, of segments of the stable frames. Their noise floor is that of as
@@ -275,10 +281,11 @@ def benchmark(
     `tick(windows done, of)` may raise to stop; `on_frames(frames, stable bool [R, F])` gets every window's.
     """
     conditions = simulator.conditions
-    windows = max(1, int(np.ceil(length * FS_PER_PS / (conditions.timestep * conditions.window) - 1e-9)))
+    wanted = max(1, round(length / conditions.frame_time))
     per_window = conditions.window // conditions.frame_every
+    windows = -(-wanted // per_window)
     if trajectory is not None:
-        trajectory.check(windows * per_window, conditions.frame_time)
+        trajectory.check(wanted, conditions.frame_time)
     masses, freedom = jnp.asarray(simulator.system.masses, jnp.float32), conditions.freedom(simulator.system)
     judge = jax.jit(criteria.unstable)
     sums = {o.name: np.zeros(len(o.grid)) for o in observables}
@@ -286,15 +293,18 @@ def benchmark(
 
     swarm = simulator.start(params, starts, jax.random.fold_in(key, 0))
     count = len(starts)
-    going, stable_frames, heat = np.ones(count, bool), np.zeros(count, int), 0.0
+    going, alive, stable_frames, heat = np.ones(count, bool), np.ones(count, bool), np.zeros(count, int), 0.0
     followed: list[list[np.ndarray]] = [[] for _ in range(count)]
     for number in range(windows):
         tick(number, windows)
         if not going.any():
             break
         swarm, frames = simulator.window(params, swarm, jax.random.fold_in(key, number + 1))
+        counted = min(per_window, wanted - number * per_window)
+        if counted < per_window:
+            frames = jax.tree.map(lambda x, n=counted: x[:, :n], frames)
         before = np.where(going, np.asarray(frames_before_failure(judge(frames))), 0)
-        stable = np.arange(per_window)[None] < before[:, None]
+        stable = np.arange(counted)[None] < before[:, None]
         for name, of_frames in curves_of.items():
             sums[name] += np.asarray(of_frames(frames.position, jnp.asarray(stable)), float)
         heat += float(np.sum(np.asarray(temperature_of(frames.velocity, masses, freedom)), where=stable))
@@ -304,14 +314,13 @@ def benchmark(
             for r in range(count):
                 followed[r].append(positions[r, : before[r]])
         stable_frames += before
-        going &= before == per_window
+        going &= before == counted
+        alive = np.asarray(frames.alive[:, -1])
     tick(windows, windows)
 
     total = int(stable_frames.sum())
     # A replica that fails before its first frame was stable for less than one interval: it is given 0.
-    survival = Survival(
-        stable_frames * conditions.frame_time, windows * per_window * conditions.frame_time, conditions.frame_time
-    )
+    survival = Survival(stable_frames * conditions.frame_time, wanted * conditions.frame_time, conditions.frame_time)
     independent = max(1, int((stable_frames > 0).sum()), round(survival.stable_time.sum()))
     errors = {}
     for o in observables:
@@ -325,7 +334,7 @@ def benchmark(
         in_time, diffusion = trajectory.compare([np.concatenate(parts) for parts in followed], conditions.frame_time)
         errors |= in_time
     temperature = heat / total if total else float("nan")
-    return BenchmarkResult(survival, errors, temperature, int(np.sum(~swarm.alive)), diffusion)
+    return BenchmarkResult(survival, errors, temperature, int(np.sum(~alive)), diffusion)
 
 
 def _sum_of_stable(observable: StaticObservable, positions: jax.Array, stable: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from ase.calculators.lj import LennardJones
 
 from stabletrain.errors import ConfigError
 from stabletrain.nnip.benchmark import (
+    BenchmarkResult,
     Conditions,
     Simulator,
     Survival,
@@ -25,6 +26,7 @@ from stabletrain.nnip.benchmark import (
 )
 from stabletrain.nnip.calculator import calculator_called, forces_of
 from stabletrain.nnip.criteria import Criteria, Reference, Thresholds, mean_bond_lengths
+from stabletrain.nnip.dynamics import Frames
 from stabletrain.nnip.observables import distance_distribution
 from stabletrain.nnip.systems import make_system
 from stabletrain.nnip.trajectory import ExtxyzWriter
@@ -64,6 +66,11 @@ def test_survival_curve_and_median() -> None:
     assert survival.survived.sum() == 2
     assert survival.median() == (pytest.approx(0.2), 0.0, np.inf)
     assert Survival(np.full(9, 0.4), 0.4, 0.1).median() == (np.inf, np.inf, np.inf)
+    # Exactly half to the end: the mean of the middle two has no bound.
+    half = Survival(np.asarray([0.1, 0.2, 1.0, 1.0]), 1.0, 0.1)
+    assert half.median() == (np.inf, 0.1, np.inf)
+    assert half.median_is_lower_bound
+    assert not survival.median_is_lower_bound
 
 
 def test_wilson_interval_of_known_shares() -> None:
@@ -138,6 +145,38 @@ def test_the_benchmark_is_the_same_each_time_and_may_be_stopped() -> None:
         benchmark(
             simulator, jnp.float32(2.0), starts, criteria(), [], starts, length=1.0, key=jax.random.key(1), tick=stop
         )
+
+
+def test_the_length_is_the_time_asked_for_in_whole_frames_and_not_in_whole_windows() -> None:
+    """A last window that is too long is cut: as many frames as with windows that divide the time, and the same ones."""
+    starts = np.repeat(X[None], 4, axis=0)
+    h = distance_distribution(3, r_max=3.0, dr=0.1)
+    simulator = Simulator(SYSTEM, FAST, forces=springs)  # a window of 0.02 ps, a frame of 0.005
+
+    def run(length: float, stiffness: float = 40.0, limit: float = 0.3) -> tuple[BenchmarkResult, list[Frames]]:
+        seen: list[Frames] = []
+        found = benchmark(
+            simulator, jnp.float32(stiffness), starts, criteria(limit), [h], starts, length=length,
+            key=jax.random.key(0), on_frames=lambda frames, stable: seen.append(frames),
+        )  # fmt: skip
+        return found, seen
+
+    (whole, every), (cut, counted) = run(0.04), run(0.03)
+    assert whole.survival.length == 2 * 4 * FAST.frame_time  # exactly
+    assert cut.survival.length == 6 * FAST.frame_time
+    assert cut.survival.survived.all()
+    assert cut.survival.stable_time.tolist() == [6 * FAST.frame_time] * 4
+    assert [frames.position.shape[1] for frames in counted] == [4, 2]
+    np.testing.assert_array_equal(counted[1].position, every[1].position[:, :2])
+    mean = np.concatenate([np.asarray(h.of_frames(f.position.reshape(-1, 3, 3))) for f in counted]).mean(axis=0)
+    np.testing.assert_allclose(cut.observables["h(r)"].curve, mean, rtol=1e-5)
+    assert run(0.001)[0].survival.length == FAST.frame_time  # one frame at least
+    # What breaks after the time asked for is not counted as broken.
+    late, seen = run(0.1, 0.2, 9.0)
+    frozen = (~np.concatenate([frames.alive for frames in seen], axis=1)).sum(axis=0)
+    assert late.frozen == frozen[-1]
+    assert frozen[8] < frozen[11]  # in the third window
+    assert run(9 * FAST.frame_time, 0.2, 9.0)[0].frozen == frozen[8]
 
 
 # --- ASE --------------------------------------------------------------------------------------------------------------
