@@ -6,6 +6,7 @@ Imports no JAX until it runs. **Units** of options: K, fs, ps, A.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -160,9 +161,12 @@ def benchmark_command(
         "bond_deviation": bond_deviation, "intermolecular_distance": intermolecular_distance, "rdf_error": rdf_error,
         "temperature_factor": temperature_factor, "energy_drift": energy_drift,
     }  # fmt: skip
+    others = [find_run(name) for name in against or []]
+    labels = labels_of([path, *others], taken=("reference", *([calculator] if calculator else [])))
+    stored = [read_potential(path, checkpoint), *(read_potential(other) for other in others)]
+    subjects = dict(zip(labels, stored, strict=True))
     folder = out or path / "eval" / "benchmark"
     folder.mkdir(parents=True, exist_ok=True)
-    subjects = [read_potential(path, checkpoint), *(read_potential(find_run(name)) for name in against or [])]
     rows = []
     for conditions in chosen:
         rows += _benchmark_at(
@@ -171,7 +175,7 @@ def benchmark_command(
         )  # fmt: skip
     (folder / "benchmark.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if as_json:
-        done = {"run_dir": str(path), "status": "benchmarked", "step": subjects[0].step, "metrics": {}}
+        done = {"run_dir": str(path), "status": "benchmarked", "step": stored[0].step, "metrics": {}}
         print(json.dumps({**done, "out": str(folder), "benchmark": rows}))
     else:
         _print_table(rows)
@@ -179,9 +183,29 @@ def benchmark_command(
     return EXIT_OK
 
 
+def labels_of(paths: Sequence[Path], taken: Sequence[str] = ()) -> list[str]:
+    """What each run is called in tables and figures: the shortest end of its path that no other has, and not `taken`.
+
+    Raises: `ConfigError` for the same folder given twice.
+    """
+    parts = [path.resolve().parts for path in paths]
+    for i, path in enumerate(paths):
+        if parts[i] in parts[:i]:
+            raise ConfigError(f"--against {path} is a run that is already compared: name each run once")
+
+    def ends(length: int) -> list[str]:
+        return [str(Path(*each[-length:])) for each in parts]
+
+    found = []
+    for i, each in enumerate(parts):
+        unique = (ends(n)[i] for n in range(1, len(each) + 1) if [*ends(n), *taken].count(ends(n)[i]) == 1)
+        found.append(next(unique))
+    return found
+
+
 def _benchmark_at(
     conditions: Any,
-    subjects: list[Stored],
+    subjects: dict[str, Stored],
     folder: Path,
     *,
     time: float,
@@ -193,7 +217,7 @@ def _benchmark_at(
     seed: int,
     quiet: bool,
 ) -> list[dict[str, Any]]:
-    """All subjects under one set of conditions: rows of the table, and figures."""
+    """All subjects, by label, under one set of conditions: rows of the table, and figures."""
     import dataclasses
 
     import jax
@@ -207,9 +231,9 @@ def _benchmark_at(
     from stabletrain.nnip.time_observables import ReferenceTrajectory, time_observables
     from stabletrain.random_keys import random_key
 
-    first = subjects[0]
+    first, *others = subjects.values()
     system = first.potential.system
-    for other in subjects[1:]:
+    for other in others:
         if not np.array_equal(other.potential.system.species, system.species):
             raise ConfigError(f"{other.path} is of other atoms than {first.path}")
     observables = static_observables(system, distance_reach=first.config.distance_reach)
@@ -243,8 +267,8 @@ def _benchmark_at(
     chosen = np.linspace(0, len(first.test_positions) - 1, replicas).round().astype(int)
     starts = first.test_positions[chosen]
     simulators: dict[str, tuple[Any, Any]] = {
-        stored.path.name: (Simulator(system, conditions, potential=stored.potential), stored.params)
-        for stored in subjects
+        label: (Simulator(system, conditions, potential=stored.potential), stored.params)
+        for label, stored in subjects.items()
     }
     if calculator is not None:
         forces = forces_of(calculator_called(calculator), system, starts[0])
@@ -273,13 +297,14 @@ def _benchmark_at(
     return [
         {
             "potential": label,
+            "step": subjects[label].step if label in subjects else None,
             "temperature": conditions.temperature,
             "timestep": conditions.timestep,
             "thermostat": conditions.thermostat,
             "replicas": replicas,
             "length_ps": result.survival.length,
             "stable_times_ps": result.survival.stable_time.round(6).tolist(),
-            "median_is_lower_bound": bool(result.survival.survived.mean() > 0.5),
+            "median_is_lower_bound": result.survival.median_is_lower_bound,
             "thresholds": thresholds.active,
             "reference_reaches": extremes,
             "reference_frames": len(reference),
@@ -313,6 +338,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    lengths = dict.fromkeys(f"{row['length_ps']:g}" for row in rows)
+    if len(lengths) > 1:
+        print(f"compared over {' and '.join(lengths)} ps: --time is rounded to whole frames of each time step")
     for note in dict.fromkeys(note for row in rows for note in _notes(row)):
         print(note)
 
