@@ -249,6 +249,8 @@ def _benchmark_at(
     given = {name: limit for name, limit in limits.items() if limit is not None}
     if "rdf_error" in given and not system.periodic:
         raise ConfigError("--rdf-error is for periodic systems: a molecule has no RDF")
+    if "bond_deviation" in given and not len(system.bonds):
+        raise ConfigError("--bond-deviation is for systems with bonds, and this one has none: leave it out")
     thresholds = dataclasses.replace(thresholds, **given)
     rdfs: tuple[Any, ...] = ()
     curves = {}
@@ -348,6 +350,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def _notes(row: dict[str, Any]) -> list[str]:
     """What the reference itself reaches of each criterion, and for how many frames re-weighted ones stand."""
     notes = []
+    if not row["thresholds"]:
+        notes.append("without bonds or a cell no criterion is looked at by itself: unstable is what is not finite or "
+                     "blew up (see --intermolecular-distance, --temperature-factor)")  # fmt: skip
     for name, limit in row["thresholds"].items():
         reached, least = row["reference_reaches"][name], name == "intermolecular_distance"
         said = f"{name.replace('_', ' ')}: unstable {'below' if least else 'beyond'} {limit:g}, the reference reaches "

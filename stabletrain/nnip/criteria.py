@@ -55,9 +55,14 @@ LIQUID_EVALUATION = Thresholds(rdf_error=3.0)
 
 
 def default_thresholds(system: System, *, evaluation: bool) -> Thresholds:
-    """Those of the released code: bonds of a single molecule, distances and RDFs of a liquid."""
+    """Those of the released code: bonds of a single molecule, distances and RDFs of a liquid.
+
+    None where there is neither a bond nor a cell: then only what is not finite or blew up is unstable.
+    """
     if system.periodic and molecules(system).max() > 0:
         return LIQUID_EVALUATION if evaluation else LIQUID_TRAINING
+    if not len(system.bonds):
+        return Thresholds()
     return MOLECULE_EVALUATION if evaluation else MOLECULE_TRAINING
 
 

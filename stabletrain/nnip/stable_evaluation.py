@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stabletrain.errors import ConfigError
 from stabletrain.nnip.benchmark import (
     BenchmarkResult,
     Conditions,
@@ -27,6 +28,8 @@ from stabletrain.nnip.criteria import Criteria, Thresholds, default_thresholds
 from stabletrain.nnip.observables import StaticObservable, static_observables
 from stabletrain.nnip.potential import Params, Potential
 from stabletrain.nnip.stable_learning import REFERENCE_FRAMES, Structures
+from stabletrain.nnip.stable_options import StableOptions
+from stabletrain.nnip.systems import System
 from stabletrain.random_keys import random_key
 from stabletrain.training.experiment import Evaluation, EvaluationContext
 
@@ -44,11 +47,15 @@ class StableEvaluation:
         test: Structures,
         criteria_of: Callable[[Thresholds], Criteria],
     ) -> None:
-        """`config` has the fields of `StableOptions`; `criteria_of` makes the run's criteria from thresholds."""
+        """`config` has the fields of `StableOptions`; `criteria_of` makes the run's criteria from thresholds.
+
+        Raises: `ConfigError` for a threshold that the system has no criterion for.
+        """
         self.config = config
         self.base_params = base_params
         self.test = test
         self._criteria_of = criteria_of
+        self._thresholds = benchmark_thresholds(config, criteria_of(Thresholds()).system)
         self._of_base: dict[float, BenchmarkResult] = {}
         self._predict: dict[tuple[int, ...], Any] = {}  # by the length of the neighbour list
         self._simulators: dict[tuple[float, tuple[int, ...]], Simulator] = {}  # and by temperature
@@ -131,17 +138,14 @@ class StableEvaluation:
         self, potential: Potential, params: Params, temperature: float, label: str, context: EvaluationContext
     ) -> BenchmarkResult:
         """Simulations from test structures, judged by the evaluation's thresholds; observables against test frames."""
-        config, system = self.config, potential.system
+        config = self.config
         conditions = dataclasses.replace(Conditions.from_options(config), temperature=temperature)
-        thresholds = default_thresholds(system, evaluation=True)
-        if thresholds.bond_deviation is not None:
-            thresholds = dataclasses.replace(thresholds, bond_deviation=config.benchmark_bond_deviation)
         chosen = np.linspace(0, len(self.test.positions) - 1, config.benchmark_replicas).round().astype(int)
         return benchmark(
             self._simulator(potential, conditions),
             params,
             self.test.positions[chosen],
-            self._criteria_of(thresholds),
+            self._criteria_of(self._thresholds),
             self._observables(potential),
             self.test.positions[:REFERENCE_FRAMES].astype(np.float32),
             length=config.benchmark_time,
@@ -155,3 +159,17 @@ class StableEvaluation:
         if place not in self._simulators:
             self._simulators[place] = Simulator(potential.system, conditions, potential=potential)
         return self._simulators[place]
+
+
+def benchmark_thresholds(config: Any, system: System) -> Thresholds:
+    """Those of the evaluation's benchmark: the defaults, for a molecule with the configuration's bond deviation.
+
+    Raises: `ConfigError` where that was given and the benchmark of this system does not look at bonds.
+    """
+    thresholds = default_thresholds(system, evaluation=True)
+    if thresholds.bond_deviation is not None:
+        return dataclasses.replace(thresholds, bond_deviation=config.benchmark_bond_deviation)
+    if config.benchmark_bond_deviation != StableOptions.benchmark_bond_deviation:
+        why = "in a liquid the benchmark looks at RDFs" if system.periodic else "this system has none"
+        raise ConfigError(f"--benchmark-bond-deviation is for molecules with bonds: {why}; leave it out")
+    return thresholds

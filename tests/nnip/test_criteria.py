@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stabletrain.errors import ConfigError
 from stabletrain.nnip.criteria import (
     LIQUID_EVALUATION,
     LIQUID_TRAINING,
@@ -24,6 +26,9 @@ from stabletrain.nnip.criteria import (
 )
 from stabletrain.nnip.dynamics import Frames
 from stabletrain.nnip.observables import StaticObservable, radial_distributions
+from stabletrain.nnip.stable_evaluation import StableEvaluation, benchmark_thresholds
+from stabletrain.nnip.stable_learning import Structures
+from stabletrain.nnip.stable_options import StableOptions
 from stabletrain.nnip.systems import System, make_system
 from stabletrain.nnip.units import ACCELERATION, BOLTZMANN
 
@@ -136,7 +141,37 @@ def test_thresholds_of_molecules_and_liquids() -> None:
     assert default_thresholds(ONE, evaluation=True) is MOLECULE_EVALUATION
     assert default_thresholds(TWO, evaluation=False) is LIQUID_TRAINING
     assert default_thresholds(TWO, evaluation=True) is LIQUID_EVALUATION
+    argon = make_system([18, 18], [[0.0, 0, 0], [5.0, 0, 0]])
+    for evaluation in (False, True):  # no bonds to judge; in a cell they are a liquid
+        assert not default_thresholds(argon, evaluation=evaluation).active
+    assert default_thresholds(dataclasses.replace(argon, cell=12 * np.eye(3)), evaluation=True) is LIQUID_EVALUATION
     assert MOLECULE_EVALUATION.active == {"bond_deviation": 0.5}
+
+
+def test_without_thresholds_what_is_frozen_is_unstable() -> None:
+    argon = make_system([18, 18], [[0.0, 0, 0], [5.0, 0, 0]])
+    judge = Criteria(argon, default_thresholds(argon, evaluation=True), Reference(np.zeros(0)), 300.0, 3)
+    alive = jnp.asarray([[True, True], [True, False]])
+    assert judge.unstable(frames_of(np.zeros((2, 2, 2, 3)), alive=alive)).tolist() == [[False, False], [False, True]]
+
+
+def test_the_evaluations_bond_deviation_is_refused_where_it_does_nothing() -> None:
+    """Of molecules with bonds it is the threshold; without bonds, and of liquids, there is none for it to be."""
+    given, default = StableOptions(benchmark_bond_deviation=0.4), StableOptions()
+    argon = make_system([18, 18], [[0.0, 0, 0], [5.0, 0, 0]])
+    assert benchmark_thresholds(given, ONE).active == {"bond_deviation": 0.4}
+    assert benchmark_thresholds(default, TWO) is LIQUID_EVALUATION
+    assert not benchmark_thresholds(default, argon).active
+    for system, why in ((argon, "has none"), (TWO, "RDFs")):
+        with pytest.raises(ConfigError, match=why):
+            benchmark_thresholds(given, system)
+        with pytest.raises(ConfigError, match=why):  # before anything is simulated
+            StableEvaluation(
+                given,
+                base_params=None,
+                test=Structures(np.zeros((1, 2, 3)), np.zeros(1), np.zeros((1, 2, 3))),
+                criteria_of=lambda thresholds, s=system: Criteria(s, thresholds, Reference(np.zeros(0)), 300.0, 3),
+            )
 
 
 def test_frames_before_the_first_failure() -> None:

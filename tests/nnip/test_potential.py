@@ -22,6 +22,7 @@ from stabletrain.cli.main import run
 from stabletrain.cli.options import resolve as resolve_options
 from stabletrain.errors import ConfigError, DataError
 from stabletrain.nnip import benchmark_command, simulate
+from stabletrain.nnip.benchmark import Simulator
 from stabletrain.nnip.benchmark_command import labels_of
 from stabletrain.nnip.calculator import PotentialCalculator
 from stabletrain.nnip.config import NnipConfig, default_base, default_base_path, resolve
@@ -354,6 +355,23 @@ def test_runs_of_the_same_name_are_told_apart(
     assert "name each run once" in capsys.readouterr().err
     assert labels_of([one, two, tmp_path / "x"]) == ["one/base-s0", "two/base-s0", "x"]
     assert labels_of([tmp_path / "a" / "reference"], taken=("reference",)) == ["a/reference"]
+
+
+def test_atoms_without_bonds_are_benchmarked(
+    tmp_path: Path, read: dict[Path, Stored], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no bond criterion by itself, and one that is asked for is refused before anything is simulated."""
+    atoms = dataclasses.replace(SYSTEM, bonds=SYSTEM.bonds[:0])
+    read[tmp_path / "atoms"] = by_hand(tmp_path / "atoms", atoms)
+    command = ["nnip", "benchmark", str(tmp_path / "atoms"), "--time", "0.004", *SHORT]
+    assert run(command) == 0
+    row = json.loads(capsys.readouterr().out)["benchmark"][0]
+    assert row["thresholds"] == {}
+    assert row["stable_share"] == 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Simulator, "start", lambda *arguments: pytest.fail("simulated"))
+        assert run([*command, "--bond-deviation", "0.3"]) == 2
+    assert "--bond-deviation is for systems with bonds" in capsys.readouterr().err
 
 
 @pytest.mark.slow
