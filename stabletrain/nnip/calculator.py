@@ -48,11 +48,11 @@ class PotentialCalculator(Calculator):
         properties: list[str] | None = None,
         system_changes: list[str] = all_changes,
     ) -> None:
-        """Fills `results`. Raises: `DataError` for other atoms or another cell than the potential's."""
+        """Fills `results`. Raises: `DataError` for other atoms, cell or periodicity than the potential's."""
         super().calculate(atoms, properties or ["energy"], system_changes)
         present = self.atoms
         assert present is not None, "ASE's base class has set it"
-        self._check(present)
+        check_atoms(present, self.potential.system)
         x = jnp.asarray(present.get_positions(), jnp.float32)
         energies, forces, overflow = self._evaluate(self._params, x)
         if bool(overflow):
@@ -71,15 +71,24 @@ class PotentialCalculator(Calculator):
             s = np.asarray(self._stress(self._params, x), float)
             self.results["stress"] = s[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]  # Voigt: xx yy zz yz xz xy
 
-    def _check(self, atoms: Atoms) -> None:
-        system = self.potential.system
-        if not np.array_equal(atoms.get_atomic_numbers(), system.species):
-            raise DataError(
-                f"this potential is for {_formula(system.species)} in that order, not for "
-                f"{_formula(atoms.get_atomic_numbers())}"
-            )
-        if system.cell is not None and not np.allclose(atoms.cell.array, system.cell, atol=1e-4):
-            raise DataError(f"this potential is for the cell {system.cell.tolist()}, not {atoms.cell.array.tolist()}")
+
+def check_atoms(atoms: Atoms, system: System, source: str = "") -> None:
+    """Raises: `DataError`, beginning with where the atoms are from, unless they are the system's but for positions."""
+    begin = f"{source}: " if source else ""
+    if not np.array_equal(atoms.get_atomic_numbers(), system.species):
+        raise DataError(
+            f"{begin}this potential is for {_formula(system.species)} in that order, not for "
+            f"{_formula(atoms.get_atomic_numbers())}"
+        )
+    if np.any(atoms.pbc != system.periodic):
+        kind = "periodic along each axis" if system.periodic else "without periodicity"
+        raise DataError(
+            f"{begin}this potential is for atoms {kind} (pbc={system.periodic}), not for pbc={atoms.pbc.tolist()}"
+        )
+    if system.cell is not None and not np.allclose(atoms.cell.array, system.cell, atol=1e-4):
+        raise DataError(
+            f"{begin}this potential is for the cell {system.cell.tolist()}, not {atoms.cell.array.tolist()}"
+        )
 
 
 def _formula(species: np.ndarray) -> str:

@@ -130,18 +130,20 @@ def simulate_command(
 
 
 def _structure(file: Path, system: Any) -> np.ndarray:
-    """Positions [n, 3] of a file of the system's atoms. Raises: `DataError` for others, or an unreadable file."""
+    """Positions [n, 3] of a file of the system's atoms, in its cell.
+
+    Raises: `DataError` for other atoms, another cell or periodicity, or an unreadable file.
+    """
     import ase.io
     import numpy as np
+
+    from stabletrain.nnip.calculator import check_atoms
 
     try:
         atoms: Any = ase.io.read(file)
     except Exception as error:  # whatever ASE's many readers raise
         raise DataError(f"{file} cannot be read as a structure: {error}") from error
-    if not np.array_equal(atoms.get_atomic_numbers(), system.species):
-        raise DataError(
-            f"{file} has other atoms than this potential is for ({''.join(system.symbols)}), or another order"
-        )
+    check_atoms(atoms, system, str(file))
     return np.asarray(atoms.get_positions())
 
 

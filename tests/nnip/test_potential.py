@@ -24,7 +24,7 @@ from stabletrain.errors import ConfigError, DataError
 from stabletrain.nnip import benchmark_command, simulate
 from stabletrain.nnip.benchmark import Simulator
 from stabletrain.nnip.benchmark_command import labels_of
-from stabletrain.nnip.calculator import PotentialCalculator
+from stabletrain.nnip.calculator import PotentialCalculator, check_atoms
 from stabletrain.nnip.config import NnipConfig, default_base, default_base_path, resolve
 from stabletrain.nnip.family import FAMILY, needs
 from stabletrain.nnip.frames import KCAL_PER_MOL, read_frames, split
@@ -123,6 +123,25 @@ def test_ase_gets_energies_with_the_reference_and_the_same_forces() -> None:
     other = Atoms("H2", positions=[[0, 0, 0], [0, 0, 1]], calculator=PotentialCalculator(SMALL, params))
     with pytest.raises(DataError, match="is for"):
         other.get_potential_energy()
+
+
+def test_ase_gets_nothing_for_another_cell_or_periodicity() -> None:
+    """A molecule's potential sees no images, a periodic one's are those of its own cell."""
+    boxed = dataclasses.replace(SMALL, system=make_system(SYSTEM.species, X, 9.0), cutoff=4.0)
+    params = SMALL.init(jax.random.key(0))
+    for potential, cell, pbc, message in (
+        (SMALL, 9.0, True, "without periodicity"),
+        (SMALL, 9.0, (True, False, False), "without periodicity"),
+        (boxed, 9.0, False, "periodic along each axis"),
+        (boxed, 9.0, (True, True, False), "periodic along each axis"),
+        (boxed, 9.5, True, "for the cell"),
+    ):
+        calculator = PotentialCalculator(potential, params)
+        atoms = Atoms(numbers=SYSTEM.species, positions=X, cell=[cell] * 3, pbc=pbc, calculator=calculator)
+        with pytest.raises(DataError, match=message):
+            atoms.get_potential_energy()
+    check_atoms(Atoms(numbers=SYSTEM.species, positions=X, cell=[9.0] * 3, pbc=True), boxed.system)
+    check_atoms(Atoms(numbers=SYSTEM.species, positions=X, cell=[9.0] * 3, pbc=False), SYSTEM)
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------
@@ -372,6 +391,20 @@ def test_atoms_without_bonds_are_benchmarked(
         patch.setattr(Simulator, "start", lambda *arguments: pytest.fail("simulated"))
         assert run([*command, "--bond-deviation", "0.3"]) == 2
     assert "--bond-deviation is for systems with bonds" in capsys.readouterr().err
+
+
+def test_a_structure_of_another_cell_is_not_simulated(
+    tmp_path: Path, read: dict[Path, Stored], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "boxed"
+    read[path] = by_hand(path, make_system(SYSTEM.species, X, 10.0))
+    for cell, pbc, message in ((12.0, True, "for the cell"), (10.0, False, "periodic along each axis")):
+        file = tmp_path / "start.extxyz"
+        ase.io.write(file, Atoms(numbers=SYSTEM.species, positions=X, cell=[cell] * 3, pbc=pbc))
+        assert run(["nnip", "simulate", str(path), "--structure", str(file), "--time", "0.01"]) == 3
+        said = capsys.readouterr().err
+        assert message in said
+        assert "start.extxyz" in said
 
 
 @pytest.mark.slow
