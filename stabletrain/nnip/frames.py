@@ -109,8 +109,8 @@ def _from_npz(path: Path, name: str, energy_unit: str | None, length_unit: str |
         content = read_npz(path)
     except UNREADABLE as error:
         raise DataError(f"{path} is not a readable .npz: {error}") from error
-    columns = {key: content.get(key, content.get(other)) for key, other in COLUMNS.items()}
-    if missing := [key for key, column in columns.items() if column is None]:
+    columns = {key: content[name] for key, other in COLUMNS.items() for name in (other, key) if name in content}
+    if missing := [key for key in COLUMNS if key not in columns]:
         raise DataError(f"{path} has no {', '.join(missing)}: it needs R [N, n, 3], E [N], F [N, n, 3] and z [n]")
     stated = str(content["energy_unit"]) if "energy_unit" in content else None
     if stated is not None and stated not in UNITS:
