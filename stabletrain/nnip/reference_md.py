@@ -15,15 +15,16 @@ import dataclasses
 import hashlib
 import json
 import time
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from stabletrain.errors import DataError
+from stabletrain.errors import DataError, StableTrainError
+from stabletrain.metrics.files import UNREADABLE, read_npz
 from stabletrain.nnip.units import ACCELERATION, BOLTZMANN
 
 FS_PER_PS = 1000.0
@@ -91,7 +92,7 @@ def make_frames(
     """Writes the frames to `out`, from where an earlier call was stopped; returns what was done.
 
     Raises: `DataError` when `out` exists, when what lies beside it was made with other settings, or when a frame is
-    not finite.
+    not finite or the reference fails.
     """
     if out.exists():
         raise DataError(f"{out} is there already: name another file with --out, or remove it")
@@ -161,17 +162,16 @@ def _stopped(partial: Path, about: Mapping[str, Any]) -> tuple[State, list[Frame
     if not partial.is_file():
         return None
     try:
-        with np.load(partial, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        content = read_npz(partial)
+        before = json.loads(str(content.pop("about")))
+        columns = [content.pop(name) for name in _FRAME_FIELDS]
+    except UNREADABLE as error:
         raise DataError(f"{partial} is damaged ({error}): remove it to start anew") from error
-    before = json.loads(str(content.pop("about")))
     if changed := [name for name in about if before.get(name) != about[name] and name != "frames"]:
         shown = ", ".join(f"{name} {before.get(name)} there, {about[name]} here" for name in changed)
         raise DataError(
             f"{partial} was begun with other settings ({shown}): remove it, or name another file with --out"
         )
-    columns = [content.pop(name) for name in _FRAME_FIELDS]
     frames = [Frame(position, float(energy), forces) for position, energy, forces in zip(*columns, strict=True)]
     return {name.removeprefix("state_"): value for name, value in content.items()}, frames
 
@@ -203,8 +203,9 @@ class CalculatorEngine:
         from ase.optimize import BFGS
 
         atoms = self._atoms.copy()
-        atoms.calc = self._calculator()
-        BFGS(atoms, logfile=None).run(fmax=RELAXED, steps=RELAXATION_STEPS)
+        with self._failures_said("at the start"):
+            atoms.calc = self._calculator()
+            BFGS(atoms, logfile=None).run(fmax=RELAXED, steps=RELAXATION_STEPS)
         masses = atoms.get_masses()[:, None]
         width = np.sqrt(BOLTZMANN * settings.temperature * ACCELERATION / masses)
         velocity = width * _noise(settings.seed, 0, masses)
@@ -212,10 +213,7 @@ class CalculatorEngine:
 
     def advance(self, settings: Settings, state: State, number: int) -> tuple[State, Frame]:
         """BAOAB in float64."""
-        from ase.calculators.calculator import CalculationFailed, SCFError
-
         atoms, masses, dt = self._atoms.copy(), self._atoms.get_masses()[:, None], settings.timestep
-        atoms.calc = self._calculator()
         kept = np.exp(-settings.damping / FS_PER_PS * dt)
         width = np.sqrt((1 - kept**2) * BOLTZMANN * settings.temperature * ACCELERATION / masses)
         x, v = state["position"].copy(), state["velocity"].copy()
@@ -224,7 +222,8 @@ class CalculatorEngine:
             atoms.set_positions(position)
             return 0.5 * dt * ACCELERATION * atoms.get_forces() / masses
 
-        try:
+        with self._failures_said(f"before frame {number}"):
+            atoms.calc = self._calculator()
             half = kick(x)
             for step in range(number * settings.every, (number + 1) * settings.every):
                 v += half
@@ -237,9 +236,17 @@ class CalculatorEngine:
                 x -= np.sum(masses * x, axis=0) / masses.sum()
             atoms.set_positions(x)
             frame = Frame(x, float(atoms.get_potential_energy()), atoms.get_forces())
-        except (CalculationFailed, SCFError) as error:
-            raise DataError(f"the calculator failed before frame {number}: {error}") from error
         return {"position": x.copy(), "velocity": v}, frame
+
+    @contextmanager
+    def _failures_said(self, when: str) -> Iterator[None]:
+        try:
+            yield
+        except StableTrainError:
+            raise
+        except Exception as error:  # whatever the many calculators raise
+            named = self.provenance.get("program", "the calculator")
+            raise DataError(f"{named} failed {when}: {type(error).__name__}: {error}") from error
 
 
 RELAXED, RELAXATION_STEPS = 0.05, 200
@@ -247,10 +254,11 @@ RELAXED, RELAXATION_STEPS = 0.05, 200
 
 
 def _geometry(atoms: Any) -> str:
-    """A digest of what a calculator sees of the structure: the elements, positions, cell, charges and moments."""
+    """A digest of what the frames depend on: the elements, masses, positions, cell, charges and moments."""
     digest = hashlib.sha256()
     for array in (
         atoms.get_atomic_numbers(),
+        atoms.get_masses(),
         atoms.get_positions(),
         atoms.cell.array if atoms.pbc.any() else np.zeros(0),
         atoms.get_initial_charges(),

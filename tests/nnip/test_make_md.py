@@ -83,7 +83,7 @@ def test_a_stop_after_more_frames_than_asked_for_gives_those_asked_for(tmp_path:
     np.testing.assert_array_equal(read_frames("", parts["file"]).positions, read_frames("", whole["file"]).positions)
 
 
-@pytest.mark.parametrize("change", ["atom", "cell", "moment"])
+@pytest.mark.parametrize("change", ["atom", "cell", "moment", "mass"])
 def test_a_stopped_run_goes_on_from_the_same_structure_only(tmp_path: Path, change: str) -> None:
     def made(atoms: Atoms, **options: Any) -> dict[str, Any]:
         of_spring = CalculatorEngine(atoms, Spring, {"structure": "h2"})
@@ -99,8 +99,10 @@ def test_a_stopped_run_goes_on_from_the_same_structure_only(tmp_path: Path, chan
         edited.positions[1, 2] += 0.01
     elif change == "cell":
         edited.cell[0, 0] = 9.0
-    else:
+    elif change == "moment":
         edited.set_initial_magnetic_moments([1.0, 0.0])
+    else:
+        edited.set_masses([2.014, 1.008])
     with pytest.raises(KeyboardInterrupt):
         made(atoms, tick=stop)
     with pytest.raises(DataError, match=r"other settings \(geometry [0-9a-f]{16} there, [0-9a-f]{16} here\)"):
@@ -152,6 +154,36 @@ def test_a_structure_is_a_file_or_smiles() -> None:
         read_structure("notamolecule")
     with pytest.raises(DataError, match=r"no file missing\.xyz"):
         read_structure("missing.xyz")
+
+
+class Failing(Spring):
+    def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = all_changes) -> None:
+        raise KeyError("no parameters")
+
+
+def test_a_calculator_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ase.io import write
+
+    write(tmp_path / "silicon.xyz", Atoms("Si2", positions=[[0, 0, 0], [0, 0, 2.4]]))
+    arguments = ["data", "make-md", str(tmp_path / "silicon.xyz"), "--calculator", "ase.calculators.emt:EMT"]
+    assert run([*arguments, "--out", str(tmp_path / "silicon.npz")]) == 3
+    said = capsys.readouterr().err
+    assert "ase.calculators.emt:EMT failed at the start: NotImplementedError: No EMT-potential for Si" in said
+    state = engine().start(SETTINGS)
+    failing = CalculatorEngine(Atoms("H2"), Failing, {"program": "a broken spring"})
+    with pytest.raises(DataError, match="a broken spring failed before frame 3: KeyError: 'no parameters'"):
+        failing.advance(SETTINGS, state, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", None], ids=["empty", "truncated", "without-about"])
+def test_a_damaged_partial_file_is_said(tmp_path: Path, content: bytes | None) -> None:
+    partial = tmp_path / "h2.npz.partial.npz"
+    if content is None:
+        np.savez(partial, position=np.zeros((1, 2, 3)))
+    else:
+        partial.write_bytes(content)
+    with pytest.raises(DataError, match=r"partial\.npz is damaged .*: remove it to start anew"):
+        make_frames(engine(), SETTINGS, tmp_path / "h2.npz")
 
 
 def test_a_structure_with_constraints_is_refused(tmp_path: Path) -> None:
