@@ -95,18 +95,26 @@ def _formula(species: np.ndarray) -> str:
     return Atoms(numbers=species).get_chemical_formula(mode="reduce")
 
 
-def forces_of(calculator: Calculator, system: System, origin: np.ndarray) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def forces_of(
+    calculator: Calculator, system: System, origin: np.ndarray, *, name: str = "the ASE calculator"
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The `Forces` of `stabletrain.nnip.dynamics` of an ASE calculator; the params they are given mean nothing.
 
     Energies count from that of the structure `origin` [n, 3], so that float32 resolves them. An error of the
     calculator at some structure (a calculation that does not converge) gives NaN: the replica is frozen.
+    Raises: `DataError` with the calculator's `name` where it has no energy or forces of `origin`.
     """
-    from ase.calculators.calculator import CalculationFailed, SCFError
+    from ase.calculators.calculator import CalculationFailed, CalculatorError, SCFError
 
     atoms = Atoms(
         numbers=system.species, cell=system.cell, pbc=system.periodic, positions=origin, calculator=calculator
     )
-    zero = float(atoms.get_potential_energy())
+    try:
+        zero = float(atoms.get_potential_energy())
+        atoms.get_forces()
+    except (NotImplementedError, CalculatorError) as error:  # an element or a property that it does not have
+        elements = ", ".join(sorted(set(system.symbols)))
+        raise DataError(f"{name} does not compute these atoms ({elements}): {error}") from error
 
     def evaluate(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         atoms.set_positions(np.asarray(positions, float))
@@ -135,7 +143,7 @@ def calculator_called(name: str) -> Calculator:
     try:
         found = getattr(importlib.import_module(module), attribute)
         made = found if isinstance(found, Calculator) else found()
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"--calculator {name}: {error}") from error
     if not hasattr(made, "get_potential_energy"):
         raise ConfigError(f"--calculator {name} is no ASE calculator")

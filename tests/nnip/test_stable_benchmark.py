@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 
-from stabletrain.errors import ConfigError
+from stabletrain.errors import ConfigError, DataError
 from stabletrain.nnip.benchmark import (
     BenchmarkResult,
     Conditions,
@@ -210,9 +211,22 @@ def test_an_ase_calculator_moves_the_replicas_as_its_own_formula_does() -> None:
 
 def test_calculators_by_name() -> None:
     assert isinstance(calculator_called("ase.calculators.lj:LennardJones"), LennardJones)
-    for name, message in (("LennardJones", "MODULE:NAME"), ("no_such:Thing", "no_such"), ("math:floor", "math:floor")):
+    for name, message in (("LennardJones", "MODULE:NAME"), ("no_such:Thing", "no_such"), ("math:floor", "math:floor"),
+                          (":EMT", "--calculator :EMT"), ("ase.calculators.emt:", "ase.calculators.emt:")):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             calculator_called(name)
+
+
+def test_a_calculator_that_lacks_an_element_says_so() -> None:
+    silicon = make_system([14, 14], [[0.0, 0, 0], [2.3, 0, 0]])
+    with pytest.raises(DataError, match=r"^emt:EMT does not compute these atoms \(Si\): .*Si"):
+        forces_of(EMT(), silicon, np.asarray([[0.0, 0, 0], [2.3, 0, 0]]), name="emt:EMT")
+
+    class EnergyAlone(LennardJones):
+        implemented_properties = ("energy",)
+
+    with pytest.raises(DataError, match="forces"):
+        forces_of(EnergyAlone(), SYSTEM, X)
 
 
 def test_a_simulator_takes_one_kind_of_forces() -> None:
