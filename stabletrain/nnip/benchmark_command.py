@@ -40,10 +40,24 @@ def benchmark_command(
     time: Annotated[float, typer.Option("--time", help="Length of each simulation in ps.", min=0.001)] = 1.0,
     replicas: Annotated[int, typer.Option("--replicas", help="Simulations at once.", min=1)] = 32,
     temperature: Annotated[
-        list[float] | None, typer.Option("--temperature", help="K; several times for several.", rich_help_panel=PANEL)
+        list[float] | None,
+        typer.Option(
+            "--temperature",
+            help="K; several times for several. [default: of a --stable run its own, else 500]",
+            min=1.0,
+            show_default=False,
+            rich_help_panel=PANEL,
+        ),
     ] = None,
     timestep: Annotated[
-        list[float] | None, typer.Option("--timestep", help="fs; several times for several.", rich_help_panel=PANEL)
+        list[float] | None,
+        typer.Option(
+            "--timestep",
+            help="fs; several times for several. [default: 0.5]",
+            min=0.001,
+            show_default=False,
+            rich_help_panel=PANEL,
+        ),
     ] = None,
     thermostat: Thermostat = "nose-hoover",
     relaxation_time: Relaxation = 10.0,
@@ -145,14 +159,6 @@ def benchmark_command(
 
     path = find_run(run)
     known_thermostat(thermostat)
-    chosen = [
-        Conditions(
-            temperature=t, timestep=dt, thermostat=thermostat, relaxation_time=relaxation_time, damping=damping,
-            window=window, frame_every=frame_every,
-        )
-        for t in temperature or [500.0]
-        for dt in timestep or [0.5]
-    ]  # fmt: skip
     if window % frame_every:
         raise ConfigError(f"--frame-every {frame_every} does not divide --window {window}")
     if energy_drift is not None and thermostat != "nve":
@@ -165,6 +171,14 @@ def benchmark_command(
     labels = labels_of([path, *others], taken=("reference", *([calculator] if calculator else [])))
     stored = [read_potential(path, checkpoint), *(read_potential(other) for other in others)]
     subjects = dict(zip(labels, stored, strict=True))
+    chosen = [
+        Conditions(
+            temperature=t, timestep=dt, thermostat=thermostat, relaxation_time=relaxation_time, damping=damping,
+            window=window, frame_every=frame_every,
+        )
+        for t in temperature or [own_temperature(stored[0], 500.0)]
+        for dt in timestep or [0.5]
+    ]  # fmt: skip
     folder = out or path / "eval" / "benchmark"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -181,6 +195,11 @@ def benchmark_command(
         _print_table(rows)
         print(f"written to {folder}")
     return EXIT_OK
+
+
+def own_temperature(stored: Stored, otherwise: float) -> float:
+    """The temperature that StABlE Training simulated at, in K; another run has none of its own."""
+    return float(stored.config.temperature) if stored.config.stable else otherwise
 
 
 def labels_of(paths: Sequence[Path], taken: Sequence[str] = ()) -> list[str]:
@@ -273,7 +292,7 @@ def _benchmark_at(
         for label, stored in subjects.items()
     }
     if calculator is not None:
-        forces = forces_of(calculator_called(calculator), system, starts[0])
+        forces = forces_of(calculator_called(calculator), system, starts[0], name=calculator)
         simulators[calculator] = Simulator(system, conditions, forces=forces), None
     results = {}
     for label, (simulator, params) in simulators.items():

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stabletrain.errors import EXIT_OK, DataError
-from stabletrain.nnip.benchmark_command import benchmark_command
+from stabletrain.errors import EXIT_OK, ConfigError, DataError
+from stabletrain.nnip.benchmark_command import benchmark_command, own_temperature
 from stabletrain.nnip.stored import (
     PANEL,
     AsJson,
@@ -44,7 +44,16 @@ def simulate_command(
         typer.Option("--structure", help="Start here: any file that ASE reads. [default: a test structure]"),
     ] = None,
     replicas: Annotated[int, typer.Option("--replicas", help="Simulations at once, a file each.", min=1)] = 1,
-    temperature: Annotated[float, typer.Option("--temperature", help="K.", min=1.0, rich_help_panel=PANEL)] = 300.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            help="K. [default: of a --stable run its own, else 300]",
+            min=1.0,
+            show_default=False,
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
     timestep: Annotated[float, typer.Option("--timestep", help="fs.", min=0.001, rich_help_panel=PANEL)] = 0.5,
     thermostat: Thermostat = "baoab",
     relaxation_time: Relaxation = 10.0,
@@ -60,7 +69,8 @@ def simulate_command(
 ) -> int:
     """Molecular dynamics with a trained potential, written as extended XYZ frame by frame.
 
-    A replica that blows up is frozen: its file ends there, and the summary says when.
+    A replica that blows up is frozen: its file ends there, and the summary says when. Files that an earlier
+    simulation left in the folder are replaced.
     """
     import jax
     import numpy as np
@@ -72,13 +82,19 @@ def simulate_command(
 
     path = find_run(run)
     known_thermostat(thermostat)
+    steps = max(1, round(time * 1000 / timestep))
+    frames_wanted = steps // frame_every
+    if not frames_wanted:
+        raise ConfigError(
+            f"--time {time:g} is {steps} steps of {timestep:g} fs, without a frame: --frame-every {frame_every} is more"
+        )
     stored = read_potential(path, checkpoint)
     system, potential = stored.potential.system, stored.potential
     start = stored.test_positions[seed % len(stored.test_positions)]
     if structure is not None:
         start = _structure(structure, system)
-    steps = max(1, round(time * 1000 / timestep))
-    frames_wanted = -(-steps // frame_every)
+    if temperature is None:
+        temperature = own_temperature(stored, 300.0)
     per_window = min(frames_wanted, max(1, 500 // frame_every))
     conditions = Conditions(
         temperature=temperature, timestep=timestep, thermostat=thermostat, relaxation_time=relaxation_time,
@@ -92,6 +108,8 @@ def simulate_command(
     masses, freedom = jax.numpy.asarray(system.masses, np.float32), conditions.freedom(system)
     written = np.zeros(replicas, int)
     heat, energies = [], []
+    for earlier in folder.glob("replica-[0-9]*.extxyz"):
+        earlier.unlink()
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(ExtxyzWriter(folder / f"replica-{r:03d}.extxyz", system)) for r in range(replicas)

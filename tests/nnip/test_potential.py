@@ -23,13 +23,14 @@ from stabletrain.cli.options import resolve as resolve_options
 from stabletrain.errors import ConfigError, DataError
 from stabletrain.nnip import benchmark_command, simulate
 from stabletrain.nnip.benchmark import Simulator
-from stabletrain.nnip.benchmark_command import labels_of
+from stabletrain.nnip.benchmark_command import labels_of, own_temperature
 from stabletrain.nnip.calculator import PotentialCalculator, check_atoms
 from stabletrain.nnip.config import NnipConfig, default_base, default_base_path, resolve
 from stabletrain.nnip.family import FAMILY, needs
 from stabletrain.nnip.frames import KCAL_PER_MOL, read_frames, split
 from stabletrain.nnip.potential import EnergyScale, Potential
 from stabletrain.nnip.schnet import SchNet
+from stabletrain.nnip.stable_options import StableOptions
 from stabletrain.nnip.stored import Stored
 from stabletrain.nnip.systems import System, make_system
 from stabletrain.training.config import make_config
@@ -405,6 +406,45 @@ def test_a_structure_of_another_cell_is_not_simulated(
         said = capsys.readouterr().err
         assert message in said
         assert "start.extxyz" in said
+
+
+def test_simulate_leaves_what_was_asked_for(
+    tmp_path: Path, read: dict[Path, Stored], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fewer replicas leave no file of an earlier call; no longer than --time; no frame at all is refused; at the
+    temperature of a --stable run."""
+    path, other = tmp_path / "potential", tmp_path / "stable"
+    read |= {path: by_hand(path), other: by_hand(other)}
+    read[other] = dataclasses.replace(read[other], config=StableOptions(stable=True, temperature=350.0))
+    options = ["--frame-every", "4", "--quiet", "--json"]
+    for replicas, time in ((2, "0.004"), (1, "0.007")):
+        command = ["nnip", "simulate", str(path), "--time", time, "--replicas", str(replicas), *options]
+        assert run(command) == 0
+        summary = json.loads(capsys.readouterr().out)
+        folder = path / "simulations" / "300K"
+        assert summary["out"] == str(folder)
+        assert sorted(file.name for file in folder.iterdir()) == [f"replica-00{r}.extxyz" for r in range(replicas)]
+    assert summary["length_ps"] == [pytest.approx(0.006)]
+    assert run(["nnip", "simulate", str(path), "--time", "0.001", *options]) == 2
+    assert "--frame-every 4 is more" in capsys.readouterr().err
+    assert len(list(folder.iterdir())) == 1
+    assert run(["nnip", "simulate", str(other), "--time", "0.002", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["out"].endswith("350K")
+
+
+def test_benchmark_has_the_runs_temperature_and_refuses_impossible_conditions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = by_hand(tmp_path / "potential")
+    assert own_temperature(stored, 500.0) == 500.0
+    stable = dataclasses.replace(stored, config=StableOptions(stable=True, temperature=350.0))
+    assert own_temperature(stable, 500.0) == 350.0
+    for option, value in (("--timestep", "0"), ("--temperature", "0"), ("--temperature", "-5")):
+        assert run(["nnip", "benchmark", str(tmp_path / "potential"), option, value]) == 2
+        assert option in capsys.readouterr().err
+    for command, default in (("benchmark", "else 500]"), ("benchmark", "[default: 0.5]"), ("simulate", "else 300]")):
+        assert run(["nnip", command, "--help"]) == 0
+        assert default in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
