@@ -92,6 +92,7 @@ def prepare(
     """Make a named data set ready: unpack what is here, download and prepare it with TFDS, or pack features."""
     from stabletrain.data.prepare import prepare_dataset, prepare_features
 
+    _refuse_frames(name)
     if features is not None or out is not None:
         described = prepare_features(name, features, out, tick_on_stderr())
         if as_json:

@@ -51,7 +51,7 @@ def test_data_info_describes_what_is_here_and_says_what_to_put_where(command: Co
     assert "did you mean 'cifar10'?" in said.error
 
 
-@pytest.mark.parametrize("asked", ["info", "check"])
+@pytest.mark.parametrize("asked", ["info", "check", "prepare"])
 def test_frames_of_molecules_are_no_images(command: Command, asked: str) -> None:
     said = command("data", asked, "aspirin-xtb")
     assert said.code == 2
