@@ -1,10 +1,10 @@
 """A training step of U-ViT and of the DDPM UNet against the same networks in PyTorch, on the CPU.
 
 Both sides predict noise for the same images, take the squared error, its gradient, and one step of AdamW, in float32,
-in one process and in short turns, so that whatever else the machine does falls on all of them. JAX runs on one virtual
-device and on one per core (at most two), as `stabletrain diffusion` does by default; PyTorch runs eagerly with a thread
-per core, its fused AdamW, and the faster of its two memory layouts. A ratio below one means that JAX is faster; it is
-the median over turns of the ratio within a turn. Needs PyTorch:
+in one process and in short turns, so that whatever else the machine does falls on all of them. JAX runs on one device,
+as `stabletrain diffusion` does by default, and on a virtual one per core (at most two); PyTorch runs eagerly with a
+thread per core, its fused AdamW, and the faster of its two memory layouts. A ratio below one means that JAX is faster;
+it is the median over turns of the ratio within a turn. Needs PyTorch:
 
     python benchmarks/diffusion_step.py [--cases NAME ...] [--turns 12] [--out FILE.json]
 """

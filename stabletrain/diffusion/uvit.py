@@ -57,17 +57,16 @@ class Block(nn.Module):
         def dense(features: int, name: str, bias: bool = True) -> nn.Dense:
             return nn.Dense(features, use_bias=bias, kernel_init=normal_002, dtype=self.dtype, name=name)
 
-        def rows(y: jax.Array) -> jax.Array:
-            return y.reshape(batch * length, -1)  # a gradient by a kernel from two axes costs a transposed copy
-
-        x = materialized(x)
-        y = rows(layer_norm("norm1", self.dtype)(x))
-        qkv = dense(3 * width, "qkv", bias=False)(y).reshape(batch, length, 3, self.heads, width // self.heads)
-        y = rows(attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], multiple=self.pad_tokens))
-        x = materialized(x + dense(width, "proj")(y).reshape(x.shape))
-        y = rows(layer_norm("norm2", self.dtype)(x))
+        # Rows of all images [B L, D]: from two axes XLA:CPU sums the gradients of a norm or a kernel with a copy more.
+        rows = materialized(x.reshape(batch * length, width))
+        qkv = dense(3 * width, "qkv", bias=False)(layer_norm("norm1", self.dtype)(rows))
+        heads = (batch, length, self.heads, width // self.heads)
+        queries, keys, values = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=1))
+        y = attend(queries, keys, values, multiple=self.pad_tokens).reshape(rows.shape)
+        rows = materialized(rows + dense(width, "proj")(y))
+        y = layer_norm("norm2", self.dtype)(rows)
         y = gelu(dense(int(self.mlp_ratio * width), "fc1")(y))
-        return x + dense(width, "fc2")(y).reshape(x.shape)
+        return (rows + dense(width, "fc2")(y)).reshape(x.shape)
 
 
 class SkipLinear(nn.Module):
