@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from stabletrain.errors import ConfigError, nearest
-from stabletrain.training.config import TrainConfig, checked_values, read_toml
+from stabletrain.training.config import TrainConfig, checked_values, flag, read_toml
 from stabletrain.training.experiment import Family
 
 SCALES = ("small", "paper")
@@ -32,11 +32,6 @@ SHORT_NAMES = {"seed": "-s"}
 
 Fields = Mapping[str, tuple[dataclasses.Field, Any]]
 """Option name -> its field and the type of its value."""
-
-
-def flag(name: str) -> str:
-    """`skip_scaling` -> `--skip-scaling`."""
-    return "--" + name.replace("_", "-")
 
 
 def fields_with_types(options: type) -> dict[str, tuple[dataclasses.Field, Any]]:

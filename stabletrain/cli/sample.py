@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from stabletrain.cli.families import all_families
-from stabletrain.cli.options import fields_with_types, flag, parameters, typed_values, union_of
+from stabletrain.cli.options import fields_with_types, parameters, typed_values, union_of
 from stabletrain.cli.progress import OpenReporter, make_reporter
 from stabletrain.cli.stored import RUN, Trained, Work, find_run, load_trained, open_run
 from stabletrain.cli.text import number, pairs, print_json
 from stabletrain.cli.train import shown_path
 from stabletrain.errors import EXIT_OK, ConfigError, RunDirectoryError, StableTrainError, nearest
-from stabletrain.training.config import checked_values
+from stabletrain.training.config import checked_values, flag
 from stabletrain.training.experiment import Evaluation, Family
 
 DESCRIPTION = "samples.json"

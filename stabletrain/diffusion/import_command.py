@@ -20,7 +20,7 @@ from stabletrain.diffusion.published import (
     read_published,
 )
 from stabletrain.errors import EXIT_OK, RunDirectoryError
-from stabletrain.training.config import checked_values
+from stabletrain.training.config import checked_values, flag
 
 HELP = {
     field.name: field.metadata["help"]
@@ -58,9 +58,9 @@ def import_weights(
     _refuse_existing(out)
     published = read_published(
         file,
-        PublishedOptions(**checked_values(PublishedOptions, given)),
+        PublishedOptions(**checked_values(PublishedOptions, given, named=flag)),
         named=True,
-        sampling=SamplingOptions(**checked_values(SamplingOptions, asked)),
+        sampling=SamplingOptions(**checked_values(SamplingOptions, asked, named=flag)),
     )
     step = _write_run(out, published)
     config, spec = published.config, published.spec

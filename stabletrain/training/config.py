@@ -146,6 +146,11 @@ def make_config(config_class: type[Config], values: Mapping[str, Any], *, source
     return config
 
 
+def flag(name: str) -> str:
+    """What a command line calls an option: `skip_scaling` -> `--skip-scaling`."""
+    return "--" + name.replace("_", "-")
+
+
 def checked_values(
     options: type, values: Mapping[str, Any], *, source: str = "", named: Callable[[str], str] = "option {!r}".format
 ) -> dict[str, Any]:

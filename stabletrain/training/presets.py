@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stabletrain.errors import ConfigError
-from stabletrain.training.config import checked_values, read_toml
+from stabletrain.training.config import checked_values, flag, read_toml
 
 SCALES = ("small", "paper")
 Options = TypeVar("Options")
@@ -32,5 +32,6 @@ def settings_from(options: type[Options], preset: Path | None, scale: str, given
         values = {**content, **overlays[scale]}
     elif scale != "small":
         raise ConfigError(f"without --config FILE.toml there are the settings of the small scale only, not {scale!r}")
-    values |= {name: value for name, value in given.items() if value is not None}
-    return options(**checked_values(options, values, source=str(preset or "")))
+    typed = {name: value for name, value in given.items() if value is not None}
+    checked = checked_values(options, values, source=str(preset or ""))
+    return options(**checked | checked_values(options, typed, named=flag))

@@ -65,6 +65,23 @@ def test_figures_of_a_seed_that_no_random_key_takes_are_refused(command: Command
     assert not Path("made").exists()
 
 
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (("diffusion", "theory", "--width", 1), "--width is 1, but must be at least 2"),
+        (("diffusion", "frontier", "--depths", 0), "--depths is 0, but must be at least 1"),
+        (("diffusion", "import", "none.npz", "--heads", -2), "--heads is -2, but must be at least 0"),
+    ],
+)
+def test_a_number_out_of_range_is_named_by_its_flag(
+    command: Command, typed: tuple[str | int, ...], message: str
+) -> None:
+    said = command(*typed, "--out", "made")
+    assert said.code == 2
+    assert message in said.error
+    assert not Path("made").exists()
+
+
 def test_what_is_told_of_a_published_file_is_no_option_of_sampling() -> None:
     """`sample` has both: a name in both could not be told apart."""
     sampling = {

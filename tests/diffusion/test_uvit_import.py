@@ -203,7 +203,7 @@ def test_an_import_keeps_how_it_is_to_be_sampled(tmp_path, capsys):
     for wrong, message in (
         (["--sampler", "ddpm-learned"], "only one with --learned-variance says"),
         (["--sampler", "dpm"], "did you mean"),
-        (["--sampling-steps", "0"], "at least 1"),
+        (["--sampling-steps", "0"], "--sampling-steps is 0, but must be at least 1"),
     ):
         capsys.readouterr()
         assert run([*command, str(tmp_path / "no"), *wrong]) == 2
